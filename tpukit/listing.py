@@ -1,0 +1,482 @@
+"""Reads what libtpu dumps about a compiled kernel: its final schedule, slot use and buffers.
+
+The schedule is a list of bundles; one bundle issues per cycle. Loops are recovered from backward
+branches and checked against the compiler's own labels; conditional code from forward branches.
+Counts are static: what one pass over the code issues, whatever the trip counts turn out to be.
+Anything unknown is a `ListingError`, never a guess.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from tpukit.chips import Chip
+from tpukit.errors import ListingError
+
+_BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +((?:[A-Z]{2} ?)*): *(>*) *(\{.*)$", re.DOTALL)
+_ADDRESS = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2} ?)*:")
+_LABELS = frozenset({"LH", "LB", "LE", "PB", "PF", "CT"})
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_REGION = re.compile(r"(Start/End empty|Start|End) region (\d+)")
+_OPERATION = re.compile(r"^(?:%\S+ = )?([a-z][a-z0-9_]*(?:\.[a-z0-9_]+(?:\[\d+\])?)*)(?= |$)")
+_BRANCH = re.compile(r"^%\S+ = sbr\.rel (?:\((!?%\w+)\) )?target = \$region(\d+)$")
+_DMA_START = re.compile(r"^dma\.(?:general|(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem))$")
+_DMA_WAIT = re.compile(r"^dma\.done\.wait$")
+_SLOTS = ("mxu", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
+_SLOT_HEADER = "MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU"
+_ALLOCATION = re.compile(
+    r"^ *#allocation\d+ \[shape = '([^']*)', space=(\w+), size = (\w+),.*? scoped, tag = '(.*)'\]$"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """Operations issued, by slot of the bundle, and the ones among them that matter by themselves.
+
+    Attributes:
+      mxu, xlu, valu, vpop, eup, vload, vstore, salu: operations in that slot.
+      fill, spill: vector registers reloaded from, and saved to, VMEM for want of registers.
+      matmuls, matpushes: matrix multiplications, and weight pushes, started.
+      dma_starts, dma_waits: transfers started and awaited.
+    """
+
+    mxu: int = 0
+    xlu: int = 0
+    valu: int = 0
+    vpop: int = 0
+    eup: int = 0
+    vload: int = 0
+    fill: int = 0
+    vstore: int = 0
+    spill: int = 0
+    salu: int = 0
+    matmuls: int = 0
+    matpushes: int = 0
+    dma_starts: int = 0
+    dma_waits: int = 0
+
+    def __add__(self, other: Ops) -> Ops:
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Ops(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A straight line of bundles: entered at its start, left at its end, nothing in between.
+
+    Attributes:
+      start, end: its addresses; `end` is outside.
+      bundles: issued on the way through, empty delay slots included.
+      guards: what must hold for it to run, outermost first: a predicate register of the schedule,
+        or its negation ("!%p12_p3"). Empty for code that always runs.
+      ops: what it issues.
+    """
+
+    start: int
+    end: int
+    bundles: int
+    guards: tuple[str, ...]
+    ops: Ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop of the schedule.
+
+    Attributes:
+      path: its place in the tree, such as "0/1/0": the first loop in the second loop of the first.
+      depth: 1 for an outermost loop.
+      start, end: its addresses; `end` is outside.
+      regions: its own code in address order, without that of nested loops.
+      nested_bundles: bundles of one pass over all the loops inside it.
+    """
+
+    path: str
+    depth: int
+    start: int
+    end: int
+    regions: tuple[Region, ...]
+    nested_bundles: int
+
+    @property
+    def bundles(self) -> int:
+        """Its own bundles if every branch of it runs, without nested loops."""
+        return sum(region.bundles for region in self.regions)
+
+    @property
+    def always_bundles(self) -> int:
+        """Its own bundles that no condition can skip."""
+        return sum(region.bundles for region in self.regions if not region.guards)
+
+    @property
+    def ops(self) -> Ops:
+        """The operations of its own code."""
+        return sum((region.ops for region in self.regions), Ops())
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An on-chip buffer of a kernel.
+
+    Attributes:
+      space: "vmem", "smem" or "sflag" (semaphores).
+      size: bytes.
+      shape: as the compiler writes it; raw bytes ("u8[...]") for a pipelined window.
+      what: what it is for, in the compiler's words.
+    """
+
+    space: str
+    size: int
+    shape: str
+    what: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What the compiler made of one Pallas kernel.
+
+    Attributes:
+      name: the compiler's name: the `pallas_call`'s, and a number ("gla.1").
+      bundles: of one pass over all of its code.
+      loops: all loops in program order; nested ones follow the loop they are in.
+      outside: the regions outside any loop.
+      buffers: its on-chip buffers.
+    """
+
+    name: str
+    bundles: int
+    loops: tuple[Loop, ...]
+    outside: tuple[Region, ...]
+    buffers: tuple[Buffer, ...]
+
+    def loop(self, path: str) -> Loop:
+        """Returns the loop at `path`.
+
+        Raises:
+          KeyError: there is none.
+        """
+        for loop in self.loops:
+            if loop.path == path:
+                return loop
+        raise KeyError(f"{self.name} has no loop {path!r}; it has {[x.path for x in self.loops]}")
+
+    @property
+    def ops(self) -> Ops:
+        """The operations of all of its code, each counted once."""
+        regions = [*self.outside, *(r for loop in self.loops for r in loop.regions)]
+        return sum((region.ops for region in regions), Ops())
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Bytes of VMEM in all its buffers; an upper bound where lifetimes do not overlap."""
+        return sum(buffer.size for buffer in self.buffers if buffer.space == "vmem")
+
+    @property
+    def smem_bytes(self) -> int:
+        """Bytes of SMEM in all its buffers."""
+        return sum(buffer.size for buffer in self.buffers if buffer.space == "smem")
+
+
+@dataclasses.dataclass
+class _Bundle:
+    line: int
+    labels: frozenset[str]
+    depth: int
+    marks: list[tuple[str, int]]
+    operations: list[str]
+    weight: int = 1
+
+    @property
+    def branch(self) -> re.Match[str] | None:
+        return next(filter(None, map(_BRANCH.match, self.operations)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Branch:
+    """A branch that takes effect after the bundle before `end`; `target` is an address."""
+
+    end: int
+    target: int
+    predicate: str | None
+
+
+def parse_kernel(name: str, schedule: Path, slots: Path, allocations: Path, chip: Chip) -> Kernel:
+    """Reads the three dumps of one kernel.
+
+    Args:
+      name: the kernel's name.
+      schedule: the dump `final_bundles`.
+      slots: the dump `final_hlo-static-per-bundle-utilization`.
+      allocations: the dump `pre-finalize-registers-and-allocations`.
+      chip: what it was compiled for.
+
+    Raises:
+      ListingError: a dump holds something unknown, or they contradict each other.
+    """
+    bundles = _read_bundles(schedule)
+    use = _read_slots(slots)
+    if len(use) != len(bundles):
+        what = f"{len(use)} rows for the {len(bundles)} bundles of {schedule.name}"
+        raise ListingError(file=slots.name, line=0, what=what)
+    branches = _branches(schedule.name, bundles, chip)
+    ops = [_ops(schedule.name, b, row) for b, row in zip(bundles, use, strict=True)]
+    spans = _loop_spans(schedule.name, bundles, branches)
+    regions = _regions(bundles, branches, spans, ops)
+    return Kernel(
+        name=name,
+        bundles=sum(bundle.weight for bundle in bundles),
+        loops=_loop_tree(spans, regions),
+        outside=tuple(region for who, region in regions if who is None),
+        buffers=_read_buffers(allocations),
+    )
+
+
+def parse_directory(directory: Path, kernels: Iterable[str], chip: Chip) -> tuple[Kernel, ...]:
+    """Reads the dumps of the named kernels in a dump directory.
+
+    Raises:
+      ListingError: a kernel has no dump, or a dump is not understood.
+    """
+    found = []
+    for name in kernels:
+        parts = [
+            _dump(directory, name, what)
+            for what in (
+                "final_bundles",
+                "final_hlo-static-per-bundle-utilization",
+                "pre-finalize-registers-and-allocations",
+            )
+        ]
+        found.append(parse_kernel(name, parts[0], parts[1], parts[2], chip))
+    return tuple(found)
+
+
+def _dump(directory: Path, kernel: str, what: str) -> Path:
+    pattern = re.compile(rf"^\d+-{re.escape(kernel)}-\d+-{re.escape(what)}\.txt$")
+    paths = sorted(path for path in directory.iterdir() if pattern.match(path.name))
+    if not paths:
+        raise ListingError(file=str(directory.name), line=0, what=f"no dump {what} of {kernel}")
+    return paths[-1]
+
+
+def _read_bundles(path: Path) -> list[_Bundle]:
+    lines = path.read_text().splitlines()
+    starts = [number for number, line in enumerate(lines) if _ADDRESS.match(line)]
+    if not starts:
+        raise ListingError(file=path.name, line=0, what="no bundles")
+    bundles = []
+    for start, stop in zip(starts, [*starts[1:], len(lines)], strict=True):
+        # Long comments of an operation run over several lines.
+        bundle = _bundle(path.name, start + 1, "\n".join(lines[start:stop]).strip("\n"))
+        if bundle is None or int(lines[start].split()[0], 16) != len(bundles):
+            raise ListingError(file=path.name, line=start + 1, what=f"bundle {lines[start][:80]!r}")
+        bundles.append(bundle)
+    return bundles
+
+
+def _bundle(file: str, line: int, text: str) -> _Bundle | None:
+    match = _BUNDLE.match(text)
+    if match is None:
+        return None
+    labels = frozenset(match[2].split())
+    if not labels <= _LABELS:
+        raise ListingError(file=file, line=line, what=f"label {match[2].strip()!r}")
+    marks = [(kind, int(n)) for note in _COMMENT.findall(text) for kind, n in _REGION.findall(note)]
+    body = _COMMENT.sub("", match[4]).strip()
+    if not (body.startswith("{") and body.endswith("}")):
+        return None
+    operations = [" ".join(part.split()) for part in body[1:-1].split(";;")]
+    return _Bundle(line, labels, len(match[3]), marks, [part for part in operations if part])
+
+
+def _read_slots(path: Path) -> list[tuple[int, ...]]:
+    lines = path.read_text().splitlines()
+    if len(lines) < 4 or lines[1].strip() != _SLOT_HEADER:
+        raise ListingError(file=path.name, line=2, what=f"columns other than {_SLOT_HEADER!r}")
+    rows = []
+    for number, line in enumerate(lines[4:], start=5):
+        row = tuple(int(word) for word in line.split() if word.isdigit())
+        if len(row) != len(_SLOTS) or len(line.split()) != len(_SLOTS):
+            raise ListingError(file=path.name, line=number, what=f"row {line!r}")
+        rows.append(row)
+    return rows
+
+
+def _ops(file: str, bundle: _Bundle, use: tuple[int, ...]) -> tuple[int, ...]:
+    matmuls = matpushes = starts = waits = 0
+    for operation in bundle.operations:
+        match = _OPERATION.match(operation)
+        if match is None:
+            raise ListingError(file=file, line=bundle.line, what=f"operation {operation[:80]!r}")
+        opcode = match[1]
+        matmuls += opcode.startswith("vmatmul")
+        matpushes += opcode.startswith("vmatpush")
+        if opcode.startswith("dma."):
+            starts += bool(_DMA_START.match(opcode))
+            waits += bool(_DMA_WAIT.match(opcode))
+            if not (_DMA_START.match(opcode) or _DMA_WAIT.match(opcode)):
+                raise ListingError(file=file, line=bundle.line, what=f"transfer {opcode!r}")
+        if opcode.startswith("sbr") and not _BRANCH.match(operation):
+            raise ListingError(file=file, line=bundle.line, what=f"branch {operation[:80]!r}")
+    return (*use, matmuls, matpushes, starts, waits)
+
+
+def _read_buffers(path: Path) -> tuple[Buffer, ...]:
+    buffers = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.lstrip().startswith("#allocation") or "fixed_abs" in line:
+            continue
+        match = _ALLOCATION.match(line)
+        if match is None:
+            raise ListingError(file=path.name, line=number, what=f"allocation {line.strip()[:80]!r}")
+        shape, space, size, what = match.groups()
+        buffers.append(Buffer(space=space, size=int(size, 0), shape=shape, what=what))
+    return tuple(buffers)
+
+
+def _branches(file: str, bundles: list[_Bundle], chip: Chip) -> list[_Branch]:
+    """Finds the branches and weighs folded delay slots; regions are targets by number."""
+    where = {
+        number: address
+        for address, bundle in enumerate(bundles)
+        for kind, number in bundle.marks
+        if kind != "End"
+    }
+    found = []
+    for address, bundle in enumerate(bundles):
+        match = bundle.branch
+        if match is None:
+            continue
+        target = where.get(int(match[2]))
+        if target is None and "PF" in bundles[-1].labels and not bundles[-1].marks:
+            target = len(bundles) - 1  # An early exit goes to the last bundle, which has no number.
+        if target is None:
+            raise ListingError(file=file, line=bundle.line, what=f"no start of region {match[2]}")
+        end = address + 1 + _delay_slots(bundles, address, chip)
+        found.append(_Branch(end=end, target=target, predicate=match[1]))
+    return found
+
+
+def _delay_slots(bundles: list[_Bundle], branch: int, chip: Chip) -> int:
+    """Counts the bundles after a branch that issue before it is taken; unfolds a folded tail."""
+    window = range(branch + 1, min(branch + 1 + chip.branch_delay, len(bundles)))
+    if not chip.folds_delay:
+        return len(window)
+    after = next((i for i in window if bundles[i].branch), len(bundles))
+    empty = [i for i in window if i < after and not bundles[i].operations]
+    last = bundles[window[-1]] if window else None
+    full = last is not None and after > window[-1] and any(kind == "End" for kind, _ in last.marks)
+    if full or not empty:
+        return len(window)
+    # The tail is the empty bundle at which the next region begins, else the last one there is.
+    begins = (i for i in empty if i + 1 < len(bundles) and _begins(bundles[i + 1]))
+    tail = next(begins, empty[-1])
+    slots = tail - branch
+    bundles[tail].weight = 1 + chip.branch_delay - slots
+    return slots
+
+
+def _begins(bundle: _Bundle) -> bool:
+    return bool(bundle.labels) or any(kind != "End" for kind, _ in bundle.marks)
+
+
+def _loop_spans(
+    file: str, bundles: list[_Bundle], branches: list[_Branch]
+) -> list[tuple[int, int]]:
+    """Returns the address ranges of loops, outer before inner; checks them against the labels."""
+    ends: dict[int, int] = {}
+    for branch in branches:
+        if branch.target < branch.end:
+            ends[branch.target] = max(branch.end, ends.get(branch.target, 0))
+    labelled = {a for a, bundle in enumerate(bundles) if bundle.labels & {"LB", "LH"}}
+    for address in sorted(labelled ^ set(ends)):
+        what = "a loop label with no branch back to it, or a branch back to no loop label"
+        raise ListingError(file=file, line=bundles[address].line, what=what)
+    spans = sorted(ends.items())
+    for start, end in spans:
+        around = [span for span in spans if span[0] < start < span[1]]
+        if any(end > outer for _, outer in around) or bundles[start].depth != len(around) + 1:
+            what = "a loop that is not nested as its label says"
+            raise ListingError(file=file, line=bundles[start].line, what=what)
+    return spans
+
+
+def _regions(
+    bundles: list[_Bundle],
+    branches: list[_Branch],
+    spans: list[tuple[int, int]],
+    ops: list[tuple[int, ...]],
+) -> list[tuple[int | None, Region]]:
+    """Cuts the schedule where control can enter or leave; each part with its innermost loop."""
+    cuts = {0, len(bundles)}
+    for branch in branches:
+        cuts |= {min(branch.end, len(bundles)), branch.target}
+    for span in spans:
+        cuts |= set(span)
+    edges = sorted(cuts)
+    owner: list[int | None] = [None] * len(edges)
+    for index, (start, end) in enumerate(spans):  # Outer loops come first, inner ones overwrite.
+        low, high = bisect.bisect_left(edges, start), bisect.bisect_left(edges, end)
+        owner[low:high] = [index] * (high - low)
+    regions = []
+    for start, end, who in zip(edges, edges[1:], owner, strict=False):
+        # A branch around a whole loop guards the loop, not the code in it.
+        entry = 0 if who is None else spans[who][0]
+        region = Region(
+            start=start,
+            end=end,
+            bundles=sum(bundle.weight for bundle in bundles[start:end]),
+            guards=_guards(start, [b for b in branches if b.end > entry]),
+            ops=Ops(*map(sum, zip(*ops[start:end], strict=True))),
+        )
+        regions.append((who, region))
+    return regions
+
+
+def _guards(address: int, branches: list[_Branch]) -> tuple[str, ...]:
+    guards = []
+    for branch in branches:
+        if not branch.end <= address < branch.target:
+            continue
+        if branch.predicate is not None:
+            guards.append(_negation(branch.predicate))
+            continue
+        # An unconditional jump over the else part: what sent control there is its guard.
+        senders = (b.predicate for b in branches if b.target == branch.end and b.predicate)
+        guards.append(next(senders, "never"))
+    return tuple(guards)
+
+
+def _negation(predicate: str) -> str:
+    return predicate[1:] if predicate.startswith("!") else f"!{predicate}"
+
+
+def _loop_tree(
+    spans: list[tuple[int, int]], regions: list[tuple[int | None, Region]]
+) -> tuple[Loop, ...]:
+    paths: list[str] = []
+    children: dict[str, int] = {}
+    loops = []
+    for index, (start, end) in enumerate(spans):
+        around = [i for i, span in enumerate(spans) if span[0] < start < span[1]]
+        parent = paths[around[-1]] if around else ""
+        number = children.get(parent, 0)
+        children[parent] = number + 1
+        paths.append(f"{parent}/{number}" if parent else str(number))
+        own = tuple(region for who, region in regions if who == index)
+        total = sum(region.bundles for _, region in regions if start <= region.start < end)
+        loops.append(
+            Loop(
+                path=paths[index],
+                depth=len(around) + 1,
+                start=start,
+                end=end,
+                regions=own,
+                nested_bundles=total - sum(region.bundles for region in own),
+            )
+        )
+    return tuple(loops)
