@@ -1,0 +1,1 @@
+"""Expert-parallel mixture-of-experts layer in one Pallas kernel. Not written yet."""

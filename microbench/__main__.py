@@ -1,0 +1,5 @@
+"""`python -m microbench`."""
+
+from microbench.cli import run_and_exit
+
+run_and_exit()

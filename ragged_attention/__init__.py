@@ -1,0 +1,1 @@
+"""Paged attention over ragged batches: GQA, MQA and MLA. Not written yet."""
