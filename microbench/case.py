@@ -37,7 +37,9 @@ class Case:
         for key, text in settings.items():
             if key not in params:
                 known = ", ".join(sorted(params))
-                raise ValueError(f"{self.kernel} {self.name} has no parameter {key!r}; it has {known}")
+                raise ValueError(
+                    f"{self.kernel} {self.name} has no parameter {key!r}; it has {known}"
+                )
             params[key] = _parse(key, text, params[key])
         return dataclasses.replace(self, params=params)
 
@@ -111,7 +113,7 @@ class Suite(Protocol):
         ...
 
     def aot_target(self, case: Case) -> tuple[str, dict[str, Any]]:
-        """"module:function" and keywords; the function also takes `chip` and returns (fn, args)."""
+        """ "module:function" and keywords; the function also takes `chip` and returns (fn, args)."""
         ...
 
     def cost(self, case: Case) -> Cost:

@@ -26,9 +26,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(rows[0])
     cells = [[show(row.get(column)) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    numeric = [
-        all(isinstance(row.get(column), int | float | None) for row in rows) for column in columns
-    ]
+    numeric = [all(_is_number(row.get(column)) for row in rows) for column in columns]
 
     def line(parts: Sequence[str]) -> str:
         aligned = [
@@ -38,3 +36,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | None) and not isinstance(value, bool)

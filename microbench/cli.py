@@ -1,0 +1,129 @@
+"""Checks, times and compiles the kernels on the shapes that matter.
+
+Usage: python -m microbench [list | run | aot | env] [flags]
+
+  (nothing)  every default case: check, then time, then the ahead-of-time report
+  list       the cases and their parameters
+  run        check, then time what this machine has: on a TPU the kernel, elsewhere the reference
+  aot        compile for chips that are not here and report what the compiler made
+  env        versions, commit, machine
+
+A case whose check fails is not timed. Exit status: 0 all is well, 1 a check failed, 2 something
+asked for is not supported, 3 the environment is at fault, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from microbench import environment
+
+COMMANDS = ("bench", "list", "run", "aot", "env")
+CHIPS = ("tpu7x", "v6e", "v5e")
+
+
+class UsageError(ValueError):
+    """The command line asks for something that does not exist."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line.
+
+    Attributes:
+      command: one of COMMANDS; "bench" is what runs when none is given.
+      kernels: names of kernels; empty for all.
+      case: part of the names of the cases wanted.
+      chips: chips to compile for.
+      settings: parameters to change in every case, as text.
+      json, csv: files for the records, or None.
+      seed: of the inputs.
+    """
+
+    command: str = "bench"
+    kernels: tuple[str, ...] = ()
+    case: str = ""
+    chips: tuple[str, ...] = CHIPS
+    settings: tuple[tuple[str, str], ...] = ()
+    json: str | None = None
+    csv: str | None = None
+    seed: int = 0
+
+
+def _define() -> flags.FlagValues:
+    """The flags, kept apart from absl's global ones so that importing this defines none."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # flags may follow the command
+    own = {"flag_values": values}
+    flags.DEFINE_bool("help", False, "Show this.", short_name="h", **own)
+    flags.DEFINE_list("kernel", [], "Kernels, with commas between; all by default.", **own)
+    flags.DEFINE_string("case", "", "Only the case of this name, or those that contain it.", **own)
+    flags.DEFINE_list("chip", list(CHIPS), "Chips to compile for.", **own)
+    flags.DEFINE_multi_string("set", [], "key=value: changes a parameter of every case.", **own)
+    flags.DEFINE_string("json", None, "File for the records, one JSON object a line.", **own)
+    flags.DEFINE_string("csv", None, "File for the records, as a table.", **own)
+    flags.DEFINE_integer("seed", 0, "Seed of the inputs.", **own)
+    return values
+
+
+def parse(argv: Sequence[str]) -> Options | str:
+    """Reads a command line, `argv[0]` being the program.
+
+    Returns:
+      The options, or the help text where that was asked for.
+
+    Raises:
+      UsageError: an unknown command or flag, or a malformed value.
+    """
+    values = _define()
+    try:
+        words = values(list(argv))[1:]
+    except flags.Error as error:
+        raise UsageError(f"{error}. See --help.") from error
+    if values.help:
+        return f"{__doc__}\nFlags:\n{values.get_help()}"
+    if len(words) > 1 or (words and words[0] not in COMMANDS):
+        known = ", ".join(COMMANDS)
+        raise UsageError(f"unknown command {' '.join(words)!r}; the commands are {known}")
+    settings = [tuple(setting.partition("=")[::2]) for setting in values.set]
+    if not all("=" in setting for setting in values.set):
+        raise UsageError(f"--set needs key=value, got {' '.join(values.set)}")
+    return Options(
+        command=words[0] if words else "bench",
+        kernels=tuple(values.kernel),
+        case=values.case,
+        chips=tuple(values.chip),
+        settings=tuple(settings),
+        json=values.json,
+        csv=values.csv,
+        seed=values.seed,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line, `argv[0]` being the program, and returns the exit status."""
+    try:
+        options = parse(argv)
+    except UsageError as error:
+        print(f"microbench: {error}", file=sys.stderr)
+        return 2
+    if isinstance(options, str):
+        print(options)
+        return 0
+    if options.command == "env":
+        facts = environment.describe()
+        print("\n".join(f"{name:20} {value}" for name, value in facts.items()))
+        return 0
+    environment.prepare()
+    from microbench import bench  # after `prepare`, since it imports JAX
+
+    return bench.run(options)
+
+
+def run_and_exit() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv))

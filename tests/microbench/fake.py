@@ -1,0 +1,98 @@
+"""A suite for a kernel small enough that the command line itself is what is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from microbench.case import Case, Check, Cost
+from tpukit.errors import UnsupportedError
+
+CASES = (
+    Case("fake", "model/right", {"rows": 64, "lengths": (1, 2), "fault": "none"}),
+    Case("fake", "model/other", {"rows": 128, "lengths": (), "fault": "none"}),
+)
+
+
+def double(x: jax.Array, rows: int) -> jax.Array:
+    def kernel(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = x_ref[...] * 2
+
+    return pl.pallas_call(
+        kernel,
+        grid=(rows // 8,),
+        in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((8, 128), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        name="double",
+    )(x)
+
+
+def build(chip: str, rows: int, fault: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    if fault == "memory":
+        fn = too_large
+    else:
+        fn = lambda x: double(x, rows)  # noqa: E731
+    return fn, (jax.ShapeDtypeStruct((rows, 128), jnp.float32),)
+
+
+def too_large(x: jax.Array) -> jax.Array:
+    def kernel(x_ref: Any, o_ref: Any, scratch: Any) -> None:
+        scratch[0] = x_ref[...]
+        o_ref[...] = scratch[0]
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_shapes=[pltpu.VMEM((1 << 14, *x.shape), jnp.float32)],
+        name="too_large",
+    )(x)
+
+
+def inputs(case: Case, seed: int) -> tuple[Any, ...]:
+    return (np.random.default_rng(seed).standard_normal((case.params["rows"], 128)),)
+
+
+def check(case: Case, seed: int) -> list[Check]:
+    match case.params["fault"]:
+        case "wrong":
+            return [Check("output", 0.5, 0.1, note="row 3 is off"), Check("state", 0.0, 0.0)]
+        case "nan":
+            return [Check("output", float("nan"), 0.1)]
+        case "unsupported":
+            raise UnsupportedError(where="fake", what="rows", place="this chip", why="it is a test")
+        case "interrupt" if case.name == "model/other":
+            raise KeyboardInterrupt
+    return [Check("output", 0.01, 0.1)]
+
+
+def reference_fn(case: Case) -> Callable[..., Any]:
+    return jax.jit(lambda x: x * 2)
+
+
+def kernel_fn(case: Case) -> Callable[..., Any]:
+    raise AssertionError("a kernel is not timed where there is no TPU")
+
+
+def aot_target(case: Case) -> tuple[str, dict[str, Any]]:
+    return "tests.microbench.fake:build", {k: case.params[k] for k in ("rows", "fault")}
+
+
+def cost(case: Case) -> Cost:
+    rows = case.params["rows"]
+    assert isinstance(rows, int)
+    return Cost(flops=rows * 128.0, hbm_bytes=rows * 128 * 8.0)
+
+
+def plan(case: Case, chip: str) -> str:
+    return "rows of 8"
+
+
+def figures(case: Case, report: Any) -> dict[str, float]:
+    return {"bundles/row": report.kernels[0].bundles / 8}
