@@ -1,0 +1,76 @@
+"""Chunk form on values: many tokens of one request at once. Knows nothing of memory.
+
+For row i of a chunk with state S before it, log decays g and b_i = g_first + ... + g_i:
+
+    o_i  = scale * ( sum_{j <= i} e^(b_i - b_j) (q_i . k_j) v_j  +  e^(b_i) q_i S )
+    S'   = e^(b_last) S + sum_j e^(b_last - b_j) k_j v_j
+
+Only differences of b with a sum of decays on the way from j to i occur, so no exponent is positive.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+NN = ((1,), (0,))
+NT = ((1,), (1,))
+TN = ((0,), (0,))
+
+
+class Decays(NamedTuple):
+    """Decay factors of one head over a window of W rows; zero or irrelevant outside the chunk.
+
+    Attributes:
+      within: [W, W] scale * e^(b_i - b_j) for j <= i, else 0.
+      since: [W, 1 or value_dim] scale * e^(b_i).
+      until: [W, 1 or key_dim] e^(b_last - b_j).
+      whole: [1, 1 or value_dim] e^(b_last).
+    """
+
+    within: jax.Array
+    since: jax.Array
+    until: jax.Array
+    whole: jax.Array
+
+
+class Scored(NamedTuple):
+    """One head half way: what is left is `weights @ v + carried`."""
+
+    weights: jax.Array  # [W, W]
+    carried: jax.Array  # [W, value_dim] f32
+
+
+def matmul(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    """f32 product; f32 operands keep f32 precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def score(q: jax.Array, k: jax.Array, state: jax.Array, decays: Decays) -> Scored:
+    """Weights of the chunk's own tokens and the contribution of the state before it.
+
+    Args:
+      q, k: [W, key_dim]; rows of k outside the chunk are 0.
+      state: [key_dim, value_dim] f32.
+      decays: of this head.
+    """
+    weights = matmul(q, k, NT) * decays.within
+    carried = matmul(q, state.astype(q.dtype), NN) * decays.since
+    return Scored(weights.astype(q.dtype), carried)
+
+
+def advance(k: jax.Array, v: jax.Array, state: jax.Array, decays: Decays) -> jax.Array:
+    """The state after the chunk, [key_dim, value_dim] f32."""
+    decayed = (k.astype(jnp.float32) * decays.until).astype(k.dtype)
+    return state * decays.whole + matmul(decayed, v, TN)
+
+
+def output(scored: Scored, v: jax.Array) -> jax.Array:
+    """The chunk's output, [W, value_dim] in the type of v."""
+    return (matmul(scored.weights, v, NN) + scored.carried).astype(v.dtype)

@@ -1,0 +1,160 @@
+"""Decay factors inside the kernel: where they come from and how a head reads them.
+
+Two sources with one face. `ConstantTables` (one log decay per head) builds tables of powers once per
+grid step and only slices them afterwards. `TokenTables` (one log decay per token and head) sums a
+window's log decays once per item and takes exponentials of their differences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from gla.chunk import Decays
+from gla.plan import Plan, Problem
+from gla.schedule import ROWS
+from reference.gla import clip_log_decay
+
+Ref = Any
+
+
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    """int32 index along `axis`."""
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def power(g: jax.Array, exponent: jax.Array) -> jax.Array:
+    """e^(g exponent) where exponent >= 0, else 0."""
+    return jnp.where(exponent >= 0, jnp.exp(g * jnp.maximum(exponent, 0).astype(jnp.float32)), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantTables:
+    """Powers of each head's decay; W = plan.window, h = plan.heads, L lanes of the same value.
+
+    Attributes:
+      within: [h, W, W] scale * e^(g (i - j)) for j <= i, else 0.
+      rising: [h, 2 ROWS + W, L] row ROWS + n holds scale * e^(g n) for n >= 0, else 0.
+      falling: [h, 2 W, L] row W - 1 - n holds e^(g n) for n >= 0, else 0.
+    """
+
+    within: Ref
+    rising: Ref
+    falling: Ref
+
+    @staticmethod
+    def scratch(problem: Problem, plan: Plan) -> list[Any]:
+        """Shapes of the attributes."""
+        lanes = max(problem.key_dim, problem.value_dim)
+        heads, window = plan.heads, plan.window
+        return [
+            pltpu.VMEM((heads, window, window), jnp.float32),
+            pltpu.VMEM((heads, 2 * ROWS + window, lanes), jnp.float32),
+            pltpu.VMEM((heads, 2 * window, lanes), jnp.float32),
+        ]
+
+    def build(self, log_decay: Ref, block: jax.Array, scale: float) -> None:
+        """Fills the tables of a grid step. log_decay: [heads] f32 in SMEM."""
+        heads, window, _ = self.within.shape
+
+        def fill(h: jax.Array, _: None) -> None:
+            g = clip_log_decay(log_decay[block * heads + h])
+            square = (window, window)
+            self.within[h] = scale * power(g, iota(square, 0) - iota(square, 1))
+            self.rising[h] = scale * power(g, iota(self.rising.shape[1:], 0) - ROWS)
+            self.falling[h] = power(g, window - 1 - iota(self.falling.shape[1:], 0))
+
+        lax.fori_loop(0, heads, fill, None)
+
+    def copies(self, log_decay: Ref, block: jax.Array, rows: Any, slot: jax.Array, sem: Ref) -> list[Any]:
+        """DMAs of an item: none."""
+        return []
+
+    def open(self, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> None:
+        """Prepares an item: nothing to do."""
+
+    def chunk(self, h: int, begin: jax.Array, end: jax.Array, size: int, dims: tuple[int, int]) -> Decays:
+        """Factors of head h over a window of `size` rows whose rows [begin, end) are the chunk."""
+        window = self.within.shape[1]
+        key_dim, value_dim = dims
+        return Decays(
+            within=self.within[h, :size, :size],
+            since=self.rising[h, pl.ds(ROWS + 1 - begin, size), :value_dim],
+            until=self.falling[h, pl.ds(window - end, size), :key_dim],
+            whole=self.falling[h, pl.ds(window - 1 - (end - begin), 1), :value_dim],
+        )
+
+    def token(self, h: int, slot: jax.Array, row: jax.Array, width: int) -> jax.Array:
+        """[1, width] decay of one token."""
+        window = self.within.shape[1]
+        return self.falling[h, window - 2 : window - 1, :width]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTables:
+    """Sums of a window's log decays; P = plan.inputs, W = plan.window, h = plan.heads.
+
+    Attributes:
+      steps: [P, W, h] log decays as fetched.
+      sums: [W, h] sum of the item's log decays up to and including each row.
+      columns: [h, W] the same, transposed.
+      scale: of the output.
+    """
+
+    steps: Ref
+    sums: Ref
+    columns: Ref
+    scale: float
+
+    @staticmethod
+    def scratch(problem: Problem, plan: Plan) -> list[Any]:
+        """Shapes of the attributes."""
+        heads, window = plan.heads, plan.window
+        return [
+            pltpu.VMEM((plan.inputs, window, heads), jnp.float32),
+            pltpu.VMEM((window, heads), jnp.float32),
+            pltpu.VMEM((heads, window), jnp.float32),
+        ]
+
+    def build(self, log_decay: Ref, block: jax.Array, scale: float) -> None:
+        """Prepares a grid step: nothing to do."""
+
+    def copies(self, log_decay: Ref, block: jax.Array, rows: Any, slot: jax.Array, sem: Ref) -> list[Any]:
+        """DMAs of an item. log_decay: [heads / h, T, h] f32 in HBM."""
+        source = log_decay.at[block, rows]
+        return [pltpu.make_async_copy(source, self.steps.at[slot, pl.ds(0, rows.size)], sem)]
+
+    def open(self, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> None:
+        """Sums the log decays of an item whose rows are [begin, end) of a window of `size`."""
+        row = iota((size, self.sums.shape[1]), 0)
+        inside = (row >= begin) & (row < end)
+        total = jnp.where(inside, clip_log_decay(self.steps[slot, :size]), 0.0)
+        step = 1
+        while step < size:
+            total += jnp.where(row >= step, pltpu.roll(total, step, 0), 0.0)
+            step *= 2
+        self.sums[:size] = total
+        self.columns[:, :size] = total.T
+
+    def chunk(self, h: int, begin: jax.Array, end: jax.Array, size: int, dims: tuple[int, int]) -> Decays:
+        """Factors of head h over a window of `size` rows whose rows [begin, end) are the chunk."""
+        upto = self.sums[:size, h : h + 1]
+        last = self.sums[size - 1 : size, h : h + 1]
+        square = (size, size)
+        distance = jnp.where(iota(square, 0) >= iota(square, 1), upto - self.columns[h : h + 1, :size], -jnp.inf)
+        return Decays(
+            within=self.scale * jnp.exp(distance),
+            since=self.scale * jnp.exp(upto),
+            until=jnp.exp(last - upto),
+            whole=jnp.exp(last),
+        )
+
+    def token(self, h: int, slot: jax.Array, row: jax.Array, width: int) -> jax.Array:
+        """[1, 1] decay of the token in row `row` of the window in buffer `slot`."""
+        return jnp.exp(clip_log_decay(self.steps[slot, pl.ds(row, 1), h : h + 1]))

@@ -1,0 +1,51 @@
+"""Multi-buffering, written once: a ring of buffers that DMAs fill or drain in order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+Index = jax.Array | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Transfers numbered 0, 1, 2, ... through a ring of `depth` buffers.
+
+    Attributes:
+      copies: `copies(index, slot)` describes the DMAs of transfer `index` through buffer `slot`. It
+        is called again to wait, so it must describe the same DMAs both times.
+      depth: number of buffers.
+      exists: `exists(index)` says whether transfer `index` moves any data; transfers that do not
+        are neither started nor awaited.
+    """
+
+    copies: Callable[[Index, jax.Array], Sequence[Any]]
+    depth: int
+    exists: Callable[[Index], jax.Array]
+
+    def slot(self, index: Index) -> jax.Array:
+        """The buffer that transfer `index` uses."""
+        return lax.rem(jnp.int32(index), jnp.int32(self.depth))
+
+    def start(self, index: Index) -> None:
+        """Starts the DMAs of transfer `index`, if it exists."""
+
+        @pl.when(self.exists(index))
+        def _() -> None:
+            for copy in self.copies(index, self.slot(index)):
+                copy.start()
+
+    def wait(self, index: Index) -> None:
+        """Waits for the DMAs of transfer `index`, if it exists."""
+
+        @pl.when(self.exists(index))
+        def _() -> None:
+            for copy in self.copies(index, self.slot(index)):
+                copy.wait()
