@@ -60,12 +60,12 @@ class UnsupportedError(NotImplementedError, ValueError):
 
 
 class KernelResourceError(ValueError):
-    """The compiler ran out of on-chip memory for a kernel.
+    """The compiler ran out of memory for a kernel, or for the program around it.
 
     Attributes:
       kernel: the name of the kernel, as given to `pallas_call`.
       chip: the name of the chip.
-      space: the memory that ran out: "vmem", "smem", ...
+      space: the memory that ran out: "vmem", "smem" or "hbm".
       asked: bytes the kernel needs, as the compiler counts them when it gives up.
       limit: bytes it may use.
       what: the allocation that did not fit, in the compiler's words, or "".
@@ -101,9 +101,8 @@ class KernelResourceError(ValueError):
             message += f" It was allocating: {what}."
         if plan is not None:
             message += f" The plan was {plan}."
-        message += (
-            f" The nearest plan that fits is {fits}." if fits is not None else " Use smaller blocks."
-        )
+        nearest = f"The nearest plan that fits is {fits}." if fits is not None else ""
+        message += f" {nearest or 'Use smaller blocks.'}"
         super().__init__(message)
 
 

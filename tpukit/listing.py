@@ -332,7 +332,8 @@ def _read_buffers(path: Path) -> tuple[Buffer, ...]:
             continue
         match = _ALLOCATION.match(line)
         if match is None:
-            raise ListingError(file=path.name, line=number, what=f"allocation {line.strip()[:80]!r}")
+            what = f"allocation {line.strip()[:80]!r}"
+            raise ListingError(file=path.name, line=number, what=what)
         shape, space, size, what = match.groups()
         buffers.append(Buffer(space=space, size=int(size, 0), shape=shape, what=what))
     return tuple(buffers)
