@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -121,38 +122,30 @@ class Bench:
                         right.append(case)
         finally:  # an interrupted run shows what it had
             if rows:
-                print(f"\n{_TITLES[stage]}\n{table(rows)}", flush=True)
+                columns = _COLUMNS.get(stage)
+                print(f"\n{_TITLES[stage]}\n{table(rows, columns)}", flush=True)
         return right
 
     def _record(
-        self, kind: str, case: Case, values: dict[str, Any], label: str, **more: Any
+        self, kind: str, case: Case, label: str, values: dict[str, Any], **more: Any
     ) -> None:
         command = repeat("aot" if kind == "aot" else "run", case, self.options, more.get("chip"))
-        seed = {} if kind == "aot" else {"seed": self.options.seed}
-        self.log.add(record(kind, case, values, label=label, command=command, **seed, **more))
+        self.log.add(record(kind, case, values, label=label, command=command, **more))
 
     def _check(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
         try:
             checks = suite.check(case, self.options.seed)
         except errors.UnsupportedError as error:
             self.statuses.append(Exit.UNSUPPORTED)
-            return [
-                {"case": case.name, "check": str(error), "error": None, "limit": None, "ok": False}
-            ]
+            return [{"case": case.name, "check": str(error), "error": None, "limit": None}]
         if not all(check.ok for check in checks):
             self.statuses.append(Exit.MISMATCH)
         rows = []
         for check in checks:
-            values = {
-                "name": check.name,
-                "error": check.error,
-                "limit": check.limit,
-                "ok": check.ok,
-            }
-            self._record("check", case, values | {"note": check.note}, "checked")
+            values = dataclasses.asdict(check) | {"ok": check.ok}
+            self._record("check", case, "checked", values, seed=self.options.seed)
             name = f"{check.name}: {check.note}" if check.note and not check.ok else check.name
-            figures = {"error": float(check.error), "limit": float(check.limit), "ok": check.ok}
-            rows.append({"case": case.name, "check": name, **figures})
+            rows.append({"case": case.name, "check": name, **values})
         return rows
 
     def _time(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
@@ -172,32 +165,29 @@ class Bench:
         }
         chip = chips.current_chip() if on_tpu else None
         plan = suite.plan(case, chip.name) if chip else "none: the reference"
-        self._record("time", case, values, label, chip=chip.name if chip else "cpu", plan=plan)
+        place = {"chip": chip.name if chip else "cpu", "plan": plan, "seed": self.options.seed}
+        self._record("time", case, label, values, **place)
         return [{"case": case.name, "what": label, **values}]
 
     def _aot(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
         rows = []
-        for name in self.options.chips:
-            plan = suite.plan(case, name)
-            floor = static.floor_us(suite.cost(case), chips.chip(name))
-            row: dict[str, Any] = {"case": case.name, "chip": name}
+        for chip in self.options.chips:
+            plan = suite.plan(case, chip)
+            floor = static.floor_us(suite.cost(case), chips.chip(chip))
             try:
-                report = static.compile_case(suite, case, name)
+                report = static.compile_case(suite, case, chip)
             except (errors.KernelResourceError, errors.KernelCompileError) as error:
                 self.statuses.append(Exit.UNSUPPORTED)
-                values: dict[str, Any] = {"compiles": False, "error": str(error)}
-                print(f"\n{case.name} on {name}: {error}")
+                print(f"\n{case.name} on {chip}: {error}")
+                shown: dict[str, Any] = {"compiles": False}
+                values = shown | {"error": str(error)}
             else:
-                values = static.figures(report) | suite.figures(case, report)
                 if self.options.command == "aot":
-                    print(f"\n{case.name} on {name}, {plan}\n{static.details(report)}")
-                self._record(
-                    "aot", case, values | static.tree(report), "static", chip=name, plan=plan
-                )
-                rows.append(row | values | {"floor us": floor})
-                continue
-            self._record("aot", case, values, "static", chip=name, plan=plan)
-            rows.append(row | {"compiles": False})
+                    print(f"\n{case.name} on {chip}, {plan}\n{static.details(report)}")
+                shown = static.figures(report) | suite.figures(case, report) | {"floor us": floor}
+                values = shown | static.tree(report)
+            self._record("aot", case, "static", values, chip=chip, plan=plan)
+            rows.append({"case": case.name, "chip": chip, **shown})
         return rows
 
 
@@ -209,6 +199,7 @@ _TITLES = {
         "floor us = the roofline from data-sheet peaks, no measurement"
     ),
 }
+_COLUMNS = {"check": ("case", "check", "error", "limit", "ok")}
 
 
 def repeat(command: str, case: Case, options: Options, chip: str | None = None) -> str:

@@ -101,7 +101,7 @@ class Suite(Protocol):
         ...
 
     def check(self, case: Case, seed: int) -> list[Check]:
-        """Compares the kernel with the specification; where it is interpreted, at a reduced size."""
+        """Compares the kernel with the specification; at a reduced size where it is interpreted."""
         ...
 
     def reference_fn(self, case: Case) -> Callable[..., Any]:
@@ -113,7 +113,7 @@ class Suite(Protocol):
         ...
 
     def aot_target(self, case: Case) -> tuple[str, dict[str, Any]]:
-        """ "module:function" and keywords; the function also takes `chip` and returns (fn, args)."""
+        """Names "module:function" and its keywords; given `chip` as well, it returns (fn, args)."""
         ...
 
     def cost(self, case: Case) -> Cost:

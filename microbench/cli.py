@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -58,7 +59,7 @@ def _define() -> flags.FlagValues:
     """The flags, kept apart from absl's global ones so that importing this defines none."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # flags may follow the command
-    own = {"flag_values": values}
+    own: Any = {"flag_values": values}
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", **own)
     flags.DEFINE_list("kernel", [], "Kernels, with commas between; all by default.", **own)
     flags.DEFINE_string("case", "", "Only the case of this name, or those that contain it.", **own)
@@ -119,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(f"{name:20} {value}" for name, value in facts.items()))
         return 0
     environment.prepare()
-    from microbench import bench  # after `prepare`, since it imports JAX
+    from microbench import bench  # noqa: PLC0415  (imports JAX, so after `prepare`)
 
     return bench.run(options)
 

@@ -52,7 +52,7 @@ class Log:
 
     def __init__(self, json_path: str | None = None, csv_path: str | None = None) -> None:
         self.records: list[Record] = []
-        self._json = pathlib.Path(json_path).open("w") if json_path else None
+        self._json = open(json_path, "w") if json_path else None  # noqa: SIM115  (closed by close)
         self._csv_path = csv_path
 
     def add(self, entry: Record) -> None:

@@ -19,11 +19,9 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows under the columns of the first one; numbers to the right, text to the left."""
-    if not rows:
-        return ""
-    columns = list(rows[0])
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows under `columns`, or all that occur; numbers to the right, text to the left."""
+    columns = columns or list(dict.fromkeys(column for row in rows for column in row))
     cells = [[show(row.get(column)) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     numeric = [all(_is_number(row.get(column)) for row in rows) for column in columns]

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -42,7 +44,6 @@ def time_calls(
       budget: seconds after which no further call starts, once there are `least`.
       least, most: bounds of the number of timed calls.
     """
-    import jax
 
     def once() -> float:
         start = time.perf_counter()
