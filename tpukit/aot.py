@@ -149,8 +149,8 @@ def compile_for(
 
     Args:
       fn: a function, jitted or not.
-      *args: its arguments: trees of arrays or `jax.ShapeDtypeStruct`; only shapes, dtypes and, where
-        a `ShapeDtypeStruct` has one, shardings are used.
+      *args: its arguments: trees of arrays or `jax.ShapeDtypeStruct`; only shapes, dtypes and the
+        shardings of `ShapeDtypeStruct`s that have one are used.
       chip: a name in `chips.CHIPS`.
       topology: the devices to compile for; the chip's smallest topology unless given.
       mesh_axes: name and size of each mesh axis over those devices; one device unless given.
@@ -184,7 +184,7 @@ def compile_for(
         if translated is None:
             raise
         raise translated from error
-    memory = executable.memory_analysis()
+    memory: Any = executable.memory_analysis()
     return Compiled(
         chip=entry.name,
         lower_seconds=middle - begin,
@@ -193,7 +193,7 @@ def compile_for(
         temp_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
-        hlo=executable.as_text(),
+        hlo=str(executable.as_text()),
         executable=executable,
     )
 
@@ -279,7 +279,7 @@ def _run_worker(request: str, folder: Path, timeout: float) -> dict[str, Any]:
 
 
 @functools.cache
-def _devices(chip: str, topology: str) -> tuple[jax.Device, ...]:
+def _devices(chip: str, topology: str) -> tuple[Any, ...]:
     if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/*"):
         # Without a TPU, libtpu must not look for one, nor lock out a second process.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -309,7 +309,7 @@ def _toolchain_error(error: Exception) -> errors.ToolchainError:
     return errors.ToolchainError(what=f"libtpu does not load: {text[:300]}", advice=advice)
 
 
-def _mesh(devices: Sequence[jax.Device], mesh_axes: Mapping[str, int] | None) -> Mesh:
+def _mesh(devices: Sequence[Any], mesh_axes: Mapping[str, int] | None) -> Mesh:
     axes = dict(mesh_axes or {"device": 1})
     count = int(np.prod(list(axes.values())))
     if not 1 <= count <= len(devices):
@@ -327,7 +327,7 @@ def _mesh(devices: Sequence[jax.Device], mesh_axes: Mapping[str, int] | None) ->
 def _with_shardings(
     args: Sequence[Any],
     mesh: Mesh,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
     mesh_axes: Mapping[str, int] | None,
     in_specs: Sequence[PartitionSpec | None] | None,
 ) -> list[Any]:
@@ -354,7 +354,7 @@ def _with_shardings(
 
 
 def _hlo_lines(hlo: str) -> list[tuple[HloOp, str]]:
-    """The operations of the program's computations, those inside fusions and reductions left out."""
+    """The operations of the program, without those inside fusions and reductions."""
     called = set(_HLO_CALLED.findall(hlo))
     found = []
     computation = ""

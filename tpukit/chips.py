@@ -41,7 +41,7 @@ class Chip:
       topology: the smallest topology that the compiler accepts for all its features.
       devices: JAX devices in that topology.
       cores: TensorCores in a chip.
-      cores_per_device: TensorCores behind one JAX device (2 where the cores act as one, "megacore").
+      cores_per_device: TensorCores behind one JAX device (2 where they act as one, "megacore").
       clock_ghz: TensorCore clock, derived from the peak rate and the matrix units.
       bf16_tflops, int8_tops, fp8_tflops: peak matrix rates; 0 where not native.
       hbm_gb_per_s: peak HBM bandwidth, 1e9 bytes per second.
@@ -79,7 +79,7 @@ class Chip:
 
 
 # Sources. Rates, bandwidths, capacities, matrix units and SparseCores: JAX's table of TPUs (the
-# vendor's peaks), checked by a test. Scoped VMEM: the limit at which libtpu 0.0.50 refuses a kernel.
+# vendor's peaks), checked by a test. Scoped VMEM: where libtpu 0.0.50 begins to refuse a kernel.
 # Clock: peak rate / (matrix units x side^2 x 2 operations); tpu7x computes to 2.2 GHz, but replayed
 # schedules agree with published times at an effective 1.75 GHz. Branch delays: final schedules.
 _TABLE = (

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-_MIB = 1024 * 1024
+_UNITS = (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024))
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / _MIB:.2f} MiB" if count >= _MIB // 4 else f"{count} bytes"
+def _readable(count: int) -> str:
+    for unit, size in _UNITS:
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
 
 
 class ArgumentError(ValueError):
@@ -94,15 +97,16 @@ class KernelResourceError(ValueError):
         self.plan = plan
         self.fits = fits
         message = (
-            f"{kernel}: needs {_megabytes(asked)} of {space.upper()} on {chip}, "
-            f"where the limit is {_megabytes(limit)}."
+            f"{kernel}: needs {_readable(asked)} of {space.upper()} on {chip}, "
+            f"where the limit is {_readable(limit)}."
         )
         if what:
             message += f" It was allocating: {what}."
         if plan is not None:
             message += f" The plan was {plan}."
+        advice = "Shard it or use smaller inputs." if space == "hbm" else "Use smaller blocks."
         nearest = f"The nearest plan that fits is {fits}." if fits is not None else ""
-        message += f" {nearest or 'Use smaller blocks.'}"
+        message += f" {nearest or advice}"
         super().__init__(message)
 
 
@@ -153,3 +157,20 @@ class ListingError(ValueError):
         self.line = line
         self.what = what
         super().__init__(f"{file}:{line}: {what}")
+
+
+class TableError(ValueError):
+    """A block-size table holds something that its schema does not allow.
+
+    Attributes:
+      file: the name of the table.
+      entry: the number of the entry, None where the table as a whole is at fault.
+      what: what is wrong.
+    """
+
+    def __init__(self, *, file: str, entry: int | None, what: str) -> None:
+        self.file = file
+        self.entry = entry
+        self.what = what
+        place = "" if entry is None else f", entry {entry}"
+        super().__init__(f"{file}{place}: {what}")
