@@ -1,0 +1,244 @@
+"""Gated linear attention on the shapes of Ling-2.6, per device.
+
+Sources: the BailingMoeV2_5 configuration in `transformers` and sglang-jax's model of it. Linear
+layers of Ling-2.6-1T have 64 heads, of flash 32, with key and value dim 128; q, k, v arrive in bf16
+and states are f32. A device has 16 heads of 1T (tensor parallel 4 in a layer of 8 norm groups) and
+8 of flash. A serving step prefills 2,048 tokens on a data-parallel rank and decodes 16 or 64
+requests. Their linear layers are Lightning attention: one constant decay per head and layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+import gla
+from microbench.case import Case, Check, Cost
+from reference import gla as reference
+from tpukit import interpret
+
+MODELS = {
+    "ling-2.6-1t": {"heads": 16, "model_heads": 64, "layers": 80},
+    "ling-2.6-flash": {"heads": 8, "model_heads": 32, "layers": 32},
+}
+
+
+def ragged(tokens: int, requests: int) -> tuple[int, ...]:
+    """Lengths from short to long with the given sum, in an order that is not sorted."""
+    bounds = [round(tokens * (i / requests) ** 1.5) for i in range(requests + 1)]
+    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    return tuple(lengths[(7 * i) % requests] for i in range(requests))
+
+
+BATCHES: dict[str, tuple[int, tuple[int, ...]]] = {  # decodes, lengths of the prefills
+    "prefill": (0, (8192,)),
+    "step": (0, ragged(2048, 32)),
+    "decode": (64, ()),
+    "mixed": (32, (512, 512)),
+}
+
+
+def _case(model: str, batch: str) -> Case:
+    decodes, prefills = BATCHES[batch]
+    sizes = {"key_dim": 128, "value_dim": 128, "layer": 0, "dtype": "bfloat16", "state": "float32"}
+    params = {"decodes": decodes, "prefills": prefills, **MODELS[model], **sizes}
+    return Case("gla", f"{model}/{batch}", params)
+
+
+CASES = tuple(_case(model, batch) for model in MODELS for batch in BATCHES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The parameters of a case."""
+
+    decodes: int
+    prefills: tuple[int, ...]
+    heads: int
+    model_heads: int
+    layers: int
+    key_dim: int
+    value_dim: int
+    layer: int
+    dtype: str
+    state: str
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each request, the decodes first."""
+        return (1,) * self.decodes + self.prefills
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the batch."""
+        return sum(self.lengths)
+
+    @property
+    def slots(self) -> int:
+        """States in the pool: one per request and two that nobody uses."""
+        return len(self.lengths) + 2
+
+    def resumes(self) -> np.ndarray:
+        """[N] whether a request has a state: decodes do, and every other prefill."""
+        index = np.arange(len(self.lengths))
+        return (index < self.decodes) | (index % 2 == 1)
+
+    def reduced(self) -> Shape:
+        """The same kind of batch, small enough to be interpreted."""
+        kept = self.prefills[:: max(1, len(self.prefills) // 6)]
+        shrink = min(1.0, 288 / max(sum(kept), 1))
+        prefills = tuple(max(1, round(length * shrink)) for length in kept)
+        return dataclasses.replace(self, decodes=min(self.decodes, 6), prefills=prefills)
+
+
+class Inputs(NamedTuple):
+    """Arrays of one call; T tokens, N requests, H heads of dims K and V."""
+
+    q: Any  # [T, H * K], as a projection leaves it
+    k: Any  # [T, H * K]
+    v: Any  # [T, H * V]
+    pool: Any  # [slots, H, K, V]
+    slot_ids: Any  # [N]
+    cu_seqlens: Any  # [N + 1]
+    has_state: Any  # [N]
+    g: Any  # [H]
+
+
+def _shape(case: Case) -> Shape:
+    params: dict[str, Any] = dict(case.params)
+    return Shape(**params)
+
+
+def _inputs(shape: Shape, seed: int) -> Inputs:
+    rng = np.random.default_rng(seed)
+
+    def normal(*size: int) -> np.ndarray:
+        return rng.standard_normal(size, dtype=np.float32).astype(ml_dtypes.bfloat16)
+
+    state = (shape.slots, shape.heads, shape.key_dim, shape.value_dim)
+    decay = gla.ling_decay(shape.model_heads, shape.layer, shape.layers)
+    return Inputs(
+        q=jnp.asarray(normal(shape.tokens, shape.heads * shape.key_dim), shape.dtype),
+        k=jnp.asarray(normal(shape.tokens, shape.heads * shape.key_dim), shape.dtype),
+        v=jnp.asarray(normal(shape.tokens, shape.heads * shape.value_dim), shape.dtype),
+        pool=jnp.asarray(rng.standard_normal(state, dtype=np.float32), shape.state),
+        slot_ids=jnp.asarray(1 + rng.permutation(len(shape.lengths)), jnp.int32),
+        cu_seqlens=jnp.asarray(np.cumsum([0, *shape.lengths]), jnp.int32),
+        has_state=jnp.asarray(shape.resumes()),
+        g=decay.g[: shape.heads],  # the first shard has the strongest decays
+    )
+
+
+def _call(shape: Shape, run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`run` on flat q, k, v, as the projections of a model leave them."""
+
+    def fn(*args: Any) -> tuple[jax.Array, jax.Array]:
+        q, k, v, *states, g = args
+        q, k = (x.reshape(-1, shape.heads, shape.key_dim) for x in (q, k))
+        v = v.reshape(-1, shape.heads, shape.value_dim)
+        o, pool = run(q, k, v, *states, decay=gla.HeadDecay(g), **options)
+        return o.reshape(-1, shape.heads * shape.value_dim), pool
+
+    return fn
+
+
+def inputs(case: Case, seed: int) -> Inputs:
+    """See `microbench.case.Suite`, as for all that follows."""
+    return _inputs(_shape(case), seed)
+
+
+def reference_fn(case: Case) -> Callable[..., Any]:
+    """The chunked reference."""
+    return jax.jit(_call(_shape(case), reference.chunked))
+
+
+def kernel_fn(case: Case) -> Callable[..., Any]:
+    """The kernel on this machine's TPU."""
+    return jax.jit(_call(_shape(case), gla.gla, implementation="pallas"))
+
+
+def check(case: Case, seed: int) -> list[Check]:
+    """Compares with the float64 recurrence, on a TPU at full size, elsewhere interpreted."""
+    on_tpu = jax.default_backend() == "tpu"
+    shape = _shape(case) if on_tpu else _shape(case).reduced()
+    args = _inputs(shape, seed)
+    if on_tpu:
+        kernel = jax.jit(_call(shape, gla.gla, implementation="pallas"))
+        o, pool = jax.block_until_ready(kernel(*args))
+    else:
+        with interpret.strict():
+            kernel = jax.jit(_call(shape, gla.gla, implementation="interpret"))
+            o, pool = jax.block_until_ready(kernel(*args))
+    with jax.enable_x64(True):
+        oracle = _call(shape, reference.recurrent, dtype=jnp.float64)
+        wide = [x.astype(jnp.float64) if x.dtype == shape.dtype else x for x in args]
+        exact, exact_pool = jax.jit(oracle)(*wide[:3], args.pool.astype(jnp.float64), *wide[4:])
+    rounded = _call(shape, reference.chunked, operands=jnp.dtype(shape.dtype))
+    plain, plain_pool = jax.jit(rounded)(*args)
+    used = np.asarray(args.slot_ids)
+    unused = np.setdiff1d(np.arange(shape.slots), used)
+    touched = np.sum(np.asarray(pool)[unused] != np.asarray(args.pool)[unused])
+    return [
+        _no_worse("output", o, plain, exact),
+        _no_worse("worst token", o, plain, exact, axis=1),
+        _no_worse("states", pool[used], plain_pool[used], exact_pool[used]),
+        Check("other slots", float(touched), 0.0, note="elements changed in slots of no request"),
+    ]
+
+
+def _no_worse(name: str, found: Any, plain: Any, exact: Any, axis: int | None = None) -> Check:
+    """Relative error of `found`, limited to 1.1 times that of the reference in the same type."""
+    found, plain, exact = (np.asarray(x).astype(np.float64) for x in (found, plain, exact))
+
+    def error(x: np.ndarray) -> float:
+        difference = np.sqrt(np.sum((x - exact) ** 2, axis=axis))
+        return float(np.max(difference / (np.sqrt(np.sum(exact**2, axis=axis)) + 1e-30)))
+
+    return Check(
+        f"{name}, relative to 1.1x the reference's error", error(found), 1.1 * error(plain)
+    )
+
+
+def aot_target(case: Case) -> tuple[str, dict[str, Any]]:
+    """Names `build`."""
+    return "microbench.cases.gla:build", dict(case.params)
+
+
+def build(chip: str, **params: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The full-size call, for a chip that need not be present."""
+    del chip  # the kernel asks what it is compiled for
+    shape = Shape(**params | {"prefills": tuple(params["prefills"])})
+    args = jax.eval_shape(lambda: _inputs(shape, 0))
+    fn = _call(shape, gla.gla, implementation="pallas")
+    return jax.jit(fn, donate_argnums=Inputs._fields.index("pool")), args
+
+
+def cost(case: Case) -> Cost:
+    """The recurrence's two products per token; rows and states moved once."""
+    shape = _shape(case)
+    dims = shape.heads * shape.key_dim * shape.value_dim
+    width = 2 * shape.heads * (shape.key_dim + shape.value_dim)  # q, k, v and o
+    states = int(shape.resumes().sum()) + len(shape.lengths)  # read and written
+    row_bytes = shape.tokens * width * jnp.dtype(shape.dtype).itemsize
+    return Cost(
+        flops=4.0 * shape.tokens * dims,
+        hbm_bytes=float(row_bytes + states * dims * jnp.dtype(shape.state).itemsize),
+    )
+
+
+def plan(case: Case, chip: str) -> str:
+    """What `gla.explain` says."""
+    args = build(chip, **case.params)[1]
+    return str(gla.explain(*args, chip=chip))
+
+
+def figures(case: Case, report: Any) -> dict[str, float]:
+    """Nothing yet beyond what every kernel reports."""
+    return {}
