@@ -39,7 +39,8 @@ done; \
 if [ -z "$$python" ]; then \
   echo "No Python >= 3.12 with venv and ensurepip was found. Tried:" >&2; \
   for name in $(or $(PYTHON),python3.12 python3.13 python3.14 python3 python); do \
-    echo "  $$name: $$("$$name" --version 2>&1 | head -n 1)" >&2; \
+    found=$$("$$name" --version 2>/dev/null) || found="not found, or does not run"; \
+    echo "  $$name: $$found" >&2; \
   done; \
   echo "Install one (Debian, Ubuntu: apt install python3.12-venv; macOS: brew install" >&2; \
   echo "python@3.12), or name it: make $(or $(MAKECMDGOALS),bench) PYTHON=/path/to/python3.12" >&2; \
