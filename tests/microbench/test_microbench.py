@@ -237,10 +237,27 @@ def test_csv_has_a_column_for_every_value(tmp_path):
     assert second["values.bundles"] == "3" and second["params.t"] == "[1, 2]"
 
 
-def test_time_calls_waits_warms_up_and_stops():
-    called = []
-    timing = time_calls(lambda: called.append(1), (), budget=0.0, least=3)
-    assert len(called) == 4 and timing.calls == 3
+def test_json_lines_are_in_the_file_before_the_run_ends(tmp_path):
+    path = tmp_path / "out.jsonl"
+    log = Log(json_path=str(path))
+    log.add(record("time", Case("k", "c", {}), {}, label="measured", command="x"))
+    assert len(read(path)) == 1
+    log.close()
+
+
+def test_time_calls_warms_up_waits_and_stops():
+    events = []
+
+    class Result:
+        def block_until_ready(self):
+            events.append("wait")
+
+    def function():
+        events.append("call")
+        return Result()
+
+    timing = time_calls(function, (), budget=0.0, least=3)
+    assert events == ["call", "wait"] * 4 and timing.calls == 3
     assert timing.best <= timing.median <= timing.worst
 
 
