@@ -48,7 +48,7 @@ def translate(
       chip: the chip's name.
       describe: what was compiled, where the compiler names no kernel.
       plan: the block sizes in use, for the message.
-      fits: given the bytes there are, returns the nearest plan that fits or None.
+      fits: given the bytes of VMEM there are, returns the nearest plan that fits or None.
     """
     text = str(error)
     if "lockfile" in text and "libtpu" in text:
@@ -62,7 +62,7 @@ def translate(
                 **{**found, "kernel": found["kernel"] or describe or "program"},
                 chip=chip,
                 plan=plan,
-                fits=fits(limit) if fits is not None else None,
+                fits=fits(limit) if fits is not None and found["space"] == "vmem" else None,
             )
     if type(error).__name__ in ("MosaicError", "JaxRuntimeError") and _refused(text):
         return _mosaic(text, chip, describe)

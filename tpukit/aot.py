@@ -157,7 +157,7 @@ def compile_for(
       in_specs: a partition of each argument over `mesh_axes`; None is replicated.
       describe: what is compiled, for error messages about kernels that have no name.
       plan: the block sizes in use, for error messages.
-      fits: given the bytes there are, returns the nearest plan that fits or None.
+      fits: given the bytes of VMEM there are, returns the nearest plan that fits or None.
       static: keyword arguments that are not arrays.
 
     Raises:
@@ -285,17 +285,17 @@ def _devices(chip: str, topology: str) -> tuple[Any, ...]:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    expected = f"a topology of {chip}, such as {chips.chip(chip).topology!r}"
+    wrong = errors.ArgumentError(
+        where="compile_for", argument="topology", got=f"is {topology!r}", expected=expected
+    )
+    if not topology.startswith(f"{chip}:"):
+        raise wrong
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:
-        if "topology" in str(error).lower() and "INVALID_ARGUMENT" in str(error):
-            expected = f"a topology of {chip}, such as {chips.chip(chip).topology}"
-            raise errors.ArgumentError(
-                where="compile_for",
-                argument="topology",
-                got=f"is {topology!r}",
-                expected=expected,
-            ) from error
+        if "INVALID_ARGUMENT: Invalid" in str(error):
+            raise wrong from error
         raise _toolchain_error(error) from error
     return tuple(devices)
 

@@ -42,7 +42,7 @@ class Chip:
       devices: JAX devices in that topology.
       cores: TensorCores in a chip.
       cores_per_device: TensorCores behind one JAX device (2 where they act as one, "megacore").
-      clock_ghz: TensorCore clock, derived from the peak rate and the matrix units.
+      clock_ghz: TensorCore clock, as far as it is known; it turns bundles into time.
       bf16_tflops, int8_tops, fp8_tflops: peak matrix rates; 0 where not native.
       hbm_gb_per_s: peak HBM bandwidth, 1e9 bytes per second.
       hbm_bytes: HBM capacity.
@@ -80,8 +80,9 @@ class Chip:
 
 # Sources. Rates, bandwidths, capacities, matrix units and SparseCores: JAX's table of TPUs (the
 # vendor's peaks), checked by a test. Scoped VMEM: where libtpu 0.0.50 begins to refuse a kernel.
-# Clock: peak rate / (matrix units x side^2 x 2 operations); tpu7x computes to 2.2 GHz, but replayed
-# schedules agree with published times at an effective 1.75 GHz. Branch delays: final schedules.
+# Clock: peak rate / (matrix units x side^2 x 2 operations, twice that from v6e on). That gives 2.2
+# GHz for tpu7x, but replayed schedules agree with published times at an effective 1.75 GHz, which
+# stands here. Branch delays: seen in final schedules.
 _TABLE = (
     Chip(
         name="v5e",

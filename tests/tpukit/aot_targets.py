@@ -1,0 +1,168 @@
+"""Kernels that the tests compile ahead of time."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from tpukit.errors import ArgumentError
+
+F32 = jnp.float32
+Spec = jax.ShapeDtypeStruct
+TILE = Spec((8, 128), F32)
+
+
+def _nested_body(n_ref, x_hbm, y_ref, o_ref, buf, acc, sem):
+    acc[...] = jnp.zeros_like(acc)
+
+    def step(i, _):
+        copy = pltpu.make_async_copy(x_hbm.at[pl.ds(i * 128, 128)], buf, sem)
+        copy.start()
+        copy.wait()
+
+        def inner(j, _):
+            acc[...] += jnp.exp(buf[...]) * j.astype(F32)
+
+            @pl.when(n_ref[j] > 3)
+            def _():
+                a, b = buf[...].astype(jnp.bfloat16), y_ref[...].astype(jnp.bfloat16)
+                acc[...] += jnp.dot(a, b, preferred_element_type=F32)
+
+            return 0
+
+        lax.fori_loop(0, n_ref[0], inner, 0)
+        return 0
+
+    lax.fori_loop(0, n_ref[1], step, 0)
+    o_ref[...] = acc[...]
+
+
+def _nested_call(n, x, y):
+    return pl.pallas_call(
+        _nested_body,
+        name="nested",
+        out_shape=Spec((128, 128), F32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(4,),
+            in_specs=[
+                pl.BlockSpec(memory_space=pltpu.HBM),
+                pl.BlockSpec((128, 128), lambda i, n: (0, i)),
+            ],
+            out_specs=pl.BlockSpec((128, 128), lambda i, n: (0, 0)),
+            scratch_shapes=[
+                pltpu.VMEM((128, 128), F32),
+                pltpu.VMEM((128, 128), F32),
+                pltpu.SemaphoreType.DMA,
+            ],
+        ),
+    )(n, x, y)
+
+
+def nested(chip, transposed=False):
+    """A grid around two nested loops around a conditional matmul."""
+    columns = 1 << 16  # Too large for XLA to keep in VMEM around the kernel.
+    n, x = Spec((32,), jnp.int32), Spec((1 << 18, 128), F32)
+    if transposed:
+        return (lambda n, x, y: _nested_call(n, x, y.T)), (n, x, Spec((columns, 128), F32))
+    return _nested_call, (n, x, Spec((128, columns), F32))
+
+
+def scratch(chip, kib, limit_kib=None):
+    """A kernel with `kib` KiB of VMEM scratch that the compiler cannot optimise away."""
+    rows = kib * 2
+
+    def body(x_ref, o_ref, big):
+        def step(i, carry):
+            big[pl.ds(i * 8, 8)] = x_ref[...] + carry
+            return big[pl.ds((i // 2) * 8, 8)]
+
+        o_ref[...] = lax.fori_loop(0, rows // 8, step, x_ref[...])
+
+    limit = None if limit_kib is None else limit_kib * 1024
+    return pl.pallas_call(
+        body,
+        name="scratch",
+        out_shape=TILE,
+        scratch_shapes=[pltpu.VMEM((rows, 128), F32)],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=limit),
+    ), (TILE,)
+
+
+def windows(chip, rows):
+    """A pipelined copy whose windows have `rows` rows."""
+
+    def body(x_ref, o_ref):
+        o_ref[...] = x_ref[...] + 1
+
+    spec = pl.BlockSpec((rows, 128), lambda i: (i, 0))
+    whole = Spec((2 * rows, 128), F32)
+    call = pl.pallas_call(
+        body, name="windows", grid=(2,), in_specs=[spec], out_specs=spec, out_shape=whole
+    )
+    return call, (whole,)
+
+
+def smem(chip):
+    """A kernel with 8 MiB of SMEM scratch."""
+
+    def body(x_ref, o_ref, table):
+        table[0] = 1
+        o_ref[...] = x_ref[...] + table[0].astype(F32)
+
+    scratch_shapes = [pltpu.SMEM((1 << 21,), jnp.int32)]
+    return pl.pallas_call(body, name="smem", out_shape=TILE, scratch_shapes=scratch_shapes), (TILE,)
+
+
+def unaligned(chip):
+    """A load at a lane offset that is not known to be a multiple of 128."""
+
+    def body(n_ref, x_ref, o_ref):
+        o_ref[...] = x_ref[:, pl.ds(n_ref[0], 128)]
+
+    in_specs = [pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec()]
+    call = pl.pallas_call(body, name="unaligned", out_shape=TILE, in_specs=in_specs)
+    return call, (Spec((1,), jnp.int32), Spec((8, 512), F32))
+
+
+def sort(chip):
+    """A primitive that has no lowering."""
+
+    def body(x_ref, o_ref):
+        o_ref[...] = jnp.sort(x_ref[...])
+
+    return pl.pallas_call(body, name="sort", out_shape=TILE), (TILE,)
+
+
+def narrow(chip):
+    """A block shape that is no multiple of a tile."""
+
+    def body(x_ref, o_ref):
+        o_ref[...] = x_ref[...]
+
+    spec = pl.BlockSpec((5, 100), lambda i: (i, 0))
+    whole = Spec((10, 200), F32)
+    call = pl.pallas_call(
+        body, name="narrow", grid=(2,), in_specs=[spec], out_specs=spec, out_shape=whole
+    )
+    return call, (whole,)
+
+
+def huge(chip):
+    """A program that needs more HBM than any chip has."""
+    return jnp.transpose, (Spec((1 << 34, 128), F32),)
+
+
+def refuses(chip):
+    """A kernel package that refuses its own arguments."""
+
+    def fn(x):
+        raise ArgumentError(where="refuses", argument="x", got="is", expected="not to be")
+
+    return fn, (TILE,)
+
+
+def breaks(chip):
+    """A builder with a bug."""
+    raise KeyError("broken builder")
