@@ -176,10 +176,11 @@ class Bench:
             floor = static.floor_us(suite.cost(case), chips.chip(chip))
             try:
                 report = static.compile_case(suite, case, chip)
-            except (errors.KernelResourceError, errors.KernelCompileError) as error:
+            except _REFUSALS as error:
                 self.statuses.append(Exit.UNSUPPORTED)
                 print(f"\n{case.name} on {chip}: {error}")
-                shown: dict[str, Any] = {"compiles": False}
+                unread = isinstance(error, errors.ListingError)  # compiled, but no figures
+                shown: dict[str, Any] = {"compiles": unread}
                 values = shown | {"error": str(error)}
             else:
                 if self.options.command == "aot":
@@ -191,6 +192,12 @@ class Bench:
         return rows
 
 
+_REFUSALS = (
+    errors.KernelResourceError,
+    errors.KernelCompileError,
+    errors.ListingError,
+    errors.UnsupportedError,
+)
 _TITLES = {
     "check": "check: the kernel against its specification",
     "time": "time: on this machine, wall clock",

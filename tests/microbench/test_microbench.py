@@ -192,6 +192,19 @@ def test_a_case_that_does_not_fit_is_reported_not_raised(microbench, tmp_path):
     assert entry["values"]["compiles"] is False and "VMEM" in entry["values"]["error"]
 
 
+def test_a_dump_that_is_not_understood_gives_no_figures(microbench, monkeypatch, tmp_path):
+    def unread(*args):
+        raise errors.ListingError(file="x-final_bundles.txt", line=3, what="operation 'new'")
+
+    monkeypatch.setattr(static, "compile_case", unread)
+    path = tmp_path / "out.jsonl"
+    status, out, _ = microbench("aot", "--case", "right", "--chip", "v5e", "--json", str(path))
+    assert status == 2
+    assert "x-final_bundles.txt:3: operation 'new'" in out
+    (entry,) = read(path)
+    assert entry["values"]["compiles"] is True and "bundles" not in entry["values"]
+
+
 def test_floor_is_the_larger_of_compute_and_memory():
     v5e = chips.chip("v5e")
     assert static.floor_us(Cost(v5e.bf16_tflops * 1e12, 0), v5e) == pytest.approx(1e6)
