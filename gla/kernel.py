@@ -9,6 +9,7 @@ that two items share waits in VMEM until the second has filled it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gla import chunk
 from gla.plan import Plan, Problem
 from gla.recurrent import Staged, decode_token, stage, unstage
-from gla.schedule import CHUNK, FRESH, NULL, ROWS, RUN, SKIP, Schedule
+from gla.schedule import CHUNK, FIRST, FRESH, LAST, NULL, ROWS, RUN, SKIP, Batch, Schedule, list_items
 from gla.tables import ConstantTables, TokenTables, iota
 from tpukit.buffers import Index, Stream
 
@@ -39,8 +40,9 @@ class Operands(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """VMEM and semaphores; P = plan.inputs, S = plan.states, W = plan.window, h = plan.heads."""
+    """SMEM, VMEM and semaphores; P = plan.inputs, S = plan.states, W = plan.window, h = plan.heads."""
 
+    schedule: Schedule
     q: Ref  # [P, W, h / group * key_dim]
     k: Ref  # [P, W, h / group * key_dim]
     v: Ref  # [P, W, h * value_dim]
@@ -63,14 +65,15 @@ class Scratch(NamedTuple):
         narrow = problem.state_dtype != jnp.float32
         tables = TokenTables if problem.per_token else ConstantTables
         return Scratch(
+            schedule=Schedule.shapes(problem.limits(plan), problem.num_requests),
             q=pltpu.VMEM((plan.inputs, *qk), problem.dtype),
             k=pltpu.VMEM((plan.inputs, *qk), problem.dtype),
             v=pltpu.VMEM((plan.inputs, *vo), problem.dtype),
             o=pltpu.VMEM((2, *vo), problem.dtype),
             states=pltpu.VMEM((plan.states, *state), problem.state_dtype),
             carry=pltpu.VMEM(state if narrow else (1, 8, 128), jnp.float32),
-            staged=Staged.scratch(problem, plan),
-            tables=tables.scratch(problem, plan),
+            staged=Staged.shapes(problem, plan),
+            tables=tables.shapes(problem, plan),
             input_sems=pltpu.SemaphoreType.DMA((plan.inputs,)),
             output_sems=pltpu.SemaphoreType.DMA((2,)),
             load_sems=pltpu.SemaphoreType.DMA((plan.states,)),
@@ -86,7 +89,7 @@ class Walk:
     plan: Plan
     scale: float
     block: jax.Array
-    schedule: Schedule
+    batch: Batch
     hbm: Operands
     vmem: Scratch
 
@@ -99,6 +102,10 @@ class Walk:
         return ConstantTables(*self.vmem.tables)
 
     @property
+    def schedule(self) -> Schedule:
+        return self.vmem.schedule
+
+    @property
     def num_items(self) -> jax.Array:
         return self.schedule.counts[0]
 
@@ -106,9 +113,13 @@ class Walk:
     def num_requests(self) -> jax.Array:
         return self.schedule.counts[1]
 
+    def begin(self, item: Index) -> jax.Array:
+        """The item's first row, counted from the first row of its window, a whole group."""
+        return self.schedule.row[item] % ROWS
+
     def end(self, item: Index) -> jax.Array:
-        """One past the item's last row, counted from its window's first."""
-        return self.schedule.begin[item] + self.schedule.rows[item]
+        """One past the item's last row, counted likewise."""
+        return self.begin(item) + self.schedule.rows[item]
 
     def lanes(self, width: int) -> Any:
         """The lanes of this block in a row of all heads, `width` of them."""
@@ -117,7 +128,8 @@ class Walk:
 
     def rows(self, item: Index, count: jax.Array) -> Any:
         """`count` rows of HBM from the item's first group; both multiples of ROWS."""
-        return pl.ds(pl.multiple_of(self.schedule.base[item], ROWS), pl.multiple_of(count, ROWS))
+        base = self.schedule.row[item] // ROWS * ROWS
+        return pl.ds(pl.multiple_of(base, ROWS), pl.multiple_of(count, ROWS))
 
     @property
     def inputs(self) -> Stream:
@@ -194,11 +206,14 @@ class Walk:
 
     def run(self) -> None:
         """Fetches ahead, does every item in order, waits for what is still being written."""
+
+        @pl.when(self.block == 0)
+        def _() -> None:
+            list_items(self.batch, self.schedule, self.problem.limits(self.plan))
+
         self.tables.build(self.hbm.log_decay, self.block, self.scale)
-        for item in range(self.plan.inputs - 1):
-            self.inputs.start(item)
-        for request in range(self.plan.lookahead):
-            self.loads.start(request)
+        repeat(self.plan.inputs - 1, self.inputs.start)
+        repeat(self.plan.lookahead, self.loads.start)
 
         def step(item: jax.Array, _: None) -> None:
             self.inputs.start(item + self.plan.inputs - 1)
@@ -209,14 +224,12 @@ class Walk:
             self.outputs.start(item)
 
         lax.fori_loop(0, self.num_items, step, None)
-        for age in (2, 1):
-            self.outputs.wait(self.num_items - age)
-        for age in range(self.plan.states, 0, -1):
-            self.stores.wait(self.num_requests - age)
+        repeat(2, lambda i: self.outputs.wait(self.num_items - 2 + i))
+        repeat(self.plan.states, lambda i: self.stores.wait(self.num_requests - self.plan.states + i))
 
     def compute(self, item: jax.Array) -> None:
         """Fills the item's rows of its output window."""
-        kind, end = self.schedule.kind[item], self.end(item)
+        kind = self.schedule.kind[item]
 
         @pl.when(kind == SKIP)
         def _() -> None:
@@ -227,14 +240,9 @@ class Walk:
         def _() -> None:
             self.compute_run(item)
 
-        smaller = 0
-        for size in self.plan.windows:
-
-            @pl.when((kind == CHUNK) & (end > smaller) & (end <= size))
-            def _(size: int = size) -> None:
-                self.compute_chunk(item, size)
-
-            smaller = size
+        @pl.when(kind & CHUNK != 0)
+        def _() -> None:
+            self.compute_chunk(item)
 
     def open_request(self, request: jax.Array) -> Ref:
         """Waits for the request's state and fetches another; returns the state's buffer."""
@@ -246,16 +254,19 @@ class Walk:
 
         @pl.when(self.schedule.load[request] == FRESH)
         def _() -> None:
-            state[...] = jnp.zeros(state.shape, state.dtype)
+            def clear(h: jax.Array) -> None:
+                state[h] = jnp.zeros(state.shape[1:], state.dtype)
+
+            repeat(self.plan.heads, clear)
 
         return state
 
     def compute_run(self, item: jax.Array) -> None:
         """Consecutive requests of one token each."""
-        slot, begin = self.inputs.slot(item), self.schedule.begin[item]
+        slot, begin = self.inputs.slot(item), self.begin(item)
         group = pl.ds(0, ROWS)
         staged = self.vmem.staged
-        stage(staged, self.vmem.q[slot, group], self.vmem.k[slot, group], self.vmem.v[slot, group])
+        stage(staged, self.vmem.q[slot, group])
 
         def token(i: jax.Array, _: None) -> None:
             request, row = self.schedule.request[item] + i, begin + i
@@ -277,40 +288,62 @@ class Walk:
 
     def decode(self, state: Ref, slot: jax.Array, row: jax.Array) -> None:
         """One token through all heads of the block."""
-        width, staged = self.problem.value_dim, self.vmem.staged
-        for h in range(self.plan.heads):
-            o, new = decode_token(
-                staged.columns[h // self.problem.group],
-                staged.v[h, pl.ds(row, 1)],
-                state[h].astype(jnp.float32),
-                self.tables.token(h, slot, row, width),
-                row,
-            )
-            staged.o[h, pl.ds(row, 1)] = self.scale * o
-            state[h] = new.astype(state.dtype)
+        staged, width = self.vmem.staged, self.problem.value_dim
+        for heads in self.sets:
+            done = [
+                decode_token(
+                    staged.q[h // self.problem.group],
+                    self.vmem.k[slot, :ROWS, self.key_lanes(h)],
+                    self.vmem.v[slot, :ROWS, self.value_lanes(h)],
+                    state[h].astype(jnp.float32),
+                    self.tables.token(h, slot, row, width),
+                    row,
+                )
+                for h in heads
+            ]
+            for h, (o, new) in zip(heads, done):
+                staged.o[h, pl.ds(row, 1)] = self.scale * o
+                state[h] = new.astype(state.dtype)
 
-    def compute_chunk(self, item: jax.Array, size: int) -> None:
-        """One chunk of one request, in a window of `size` rows."""
-        slot = self.inputs.slot(item)
-        begin, end = self.schedule.begin[item], self.end(item)
-        request = self.schedule.request[item]
-        first, last = self.schedule.first[item] == 1, self.schedule.last[item] == 1
+    def key_lanes(self, h: int) -> slice:
+        """Where head h of the block finds its q and k in a row."""
+        head, width = h // self.problem.group, self.problem.key_dim
+        return slice(head * width, (head + 1) * width)
+
+    def value_lanes(self, h: int) -> slice:
+        """Where head h of the block has its v and o in a row."""
+        width = self.problem.value_dim
+        return slice(h * width, (h + 1) * width)
+
+    @property
+    def sets(self) -> list[range]:
+        """Heads in the sets whose work is interleaved."""
+        size = self.plan.interleave
+        return [range(h, h + size) for h in range(0, self.plan.heads, size)]
+
+    def compute_chunk(self, item: jax.Array) -> None:
+        """One chunk of one request, in the smallest window that holds it."""
+        kind, request = self.schedule.kind[item], self.schedule.request[item]
         buffer = self.vmem.states.at[self.loads.slot(request)]
         narrow = buffer.dtype != jnp.float32
         state = self.vmem.carry if narrow else buffer
 
-        @pl.when(first)
+        @pl.when(kind & FIRST != 0)
         def _() -> None:
             self.open_request(request)
             if narrow:
                 state[...] = buffer[...].astype(jnp.float32)
 
-        for window in (self.vmem.k, self.vmem.v):
-            clear_outside(window.at[slot], begin, end, size)
-        self.tables.open(slot, begin, end, size)
-        self.chunk_heads(item, state, size)
+        smaller, end = 0, self.end(item)
+        for size in self.plan.windows:
 
-        @pl.when(last)
+            @pl.when((end > smaller) & (end <= size))
+            def _(size: int = size) -> None:
+                self.chunk_heads(item, state, size)
+
+            smaller = size
+
+        @pl.when(kind & LAST != 0)
         def _() -> None:
             if narrow:
                 buffer[...] = state[...].astype(buffer.dtype)
@@ -319,22 +352,23 @@ class Walk:
     def chunk_heads(self, item: jax.Array, state: Ref, size: int) -> None:
         """All heads of the block, a few at a time, the second half of each set beside the first of the next."""
         slot, out = self.inputs.slot(item), self.outputs.slot(item)
-        begin, end = self.schedule.begin[item], self.end(item)
-        key_dim, value_dim = self.problem.key_dim, self.problem.value_dim
+        begin, end = self.begin(item), self.end(item)
+        clear_outside(self.vmem.k.at[slot], begin, end, size)
+        clear_outside(self.vmem.v.at[slot], begin, end, size)
+        self.tables.open(slot, begin, end, size)
+        dims = (self.problem.key_dim, self.problem.value_dim)
         unfinished: list[tuple[int, chunk.Scored, jax.Array]] = []
 
         def finish() -> None:
             for h, scored, v in unfinished:
-                self.vmem.o[out, :size, h * value_dim : (h + 1) * value_dim] = chunk.output(scored, v)
+                self.vmem.o[out, :size, self.value_lanes(h)] = chunk.output(scored, v)
 
-        for start in range(0, self.plan.heads, self.plan.interleave):
-            heads = range(start, start + self.plan.interleave)
-            keys = [slice(h // self.problem.group * key_dim, (h // self.problem.group + 1) * key_dim) for h in heads]
-            q = [self.vmem.q[slot, :size, lanes] for lanes in keys]
-            k = [self.vmem.k[slot, :size, lanes] for lanes in keys]
-            v = [self.vmem.v[slot, :size, h * value_dim : (h + 1) * value_dim] for h in heads]
+        for heads in self.sets:
+            q = [self.vmem.q[slot, :size, self.key_lanes(h)] for h in heads]
+            k = [self.vmem.k[slot, :size, self.key_lanes(h)] for h in heads]
+            v = [self.vmem.v[slot, :size, self.value_lanes(h)] for h in heads]
             before = [state[h] for h in heads]
-            decays = [self.tables.chunk(h, begin, end, size, (key_dim, value_dim)) for h in heads]
+            decays = [self.tables.chunk(h, begin, end, size, dims) for h in heads]
             scored = [chunk.score(*args) for args in zip(q, k, before, decays)]
             after = [chunk.advance(*args) for args in zip(k, v, before, decays)]
             for h, new in zip(heads, after):
@@ -345,7 +379,7 @@ class Walk:
 
     def join(self, item: jax.Array) -> None:
         """Takes the rows before the item's first from the window of the item before."""
-        begin, slot = self.schedule.begin[item], self.outputs.slot(item)
+        begin, slot = self.begin(item), self.outputs.slot(item)
 
         @pl.when(begin > 0)
         def _() -> None:
@@ -357,20 +391,27 @@ class Walk:
             window[...] = joined.astype(self.problem.dtype)
 
 
-def clear_outside(window: Ref, begin: jax.Array, end: jax.Array, size: int) -> None:
-    """Zeroes the rows of a window outside [begin, end), whatever they hold."""
-    for start in range(0, size, ROWS):
+def repeat(times: int, action: Callable[[jax.Array], None]) -> None:
+    """action(0), ..., action(times - 1), as a loop of the kernel."""
+    lax.fori_loop(0, times, lambda i, _: action(i), None)
 
-        @pl.when((begin > start) | (end < start + ROWS))
-        def _(start: int = start) -> None:
-            group = window.at[pl.ds(start, ROWS)]
-            values = group[...].astype(jnp.float32)
-            row = start + iota(values.shape, 0)
-            group[...] = jnp.where((row >= begin) & (row < end), values, 0.0).astype(group.dtype)
+
+def clear_outside(window: Ref, begin: jax.Array, end: jax.Array, size: int) -> None:
+    """Zeroes the rows of a window outside [begin, end), whatever they hold; begin is in its first group."""
+
+    def clear(group: jax.Array) -> None:
+        start = pl.multiple_of(group * ROWS, ROWS)
+        rows = window.at[pl.ds(start, ROWS)]
+        values = rows[...].astype(jnp.float32)
+        row = start + iota(values.shape, 0)
+        rows[...] = jnp.where((row >= begin) & (row < end), values, 0.0).astype(rows.dtype)
+
+    pl.when(begin > 0)(lambda: clear(jnp.int32(0)))
+    lax.fori_loop(end // ROWS, size // ROWS, lambda group, _: clear(group), None)
 
 
 def gla_kernel(
-    schedule: Schedule,
+    batch: Batch,
     operands: tuple[jax.Array, ...],
     *,
     problem: Problem,
@@ -381,7 +422,7 @@ def gla_kernel(
     """Runs the kernel.
 
     Args:
-      schedule: of the batch.
+      batch: int32 arrays slot_ids [N], cu_seqlens [N + 1], has_state [N].
       operands: q, k [T, qk_heads * key_dim], v [T, heads * value_dim], log_decay (see `Operands`),
         pool [slots, heads, key_dim, value_dim].
       problem: static facts of the call.
@@ -392,14 +433,13 @@ def gla_kernel(
     Returns:
       o [T, heads * value_dim] and the new pool.
     """
-    q, _, v, _, pool = operands
-    num_scalars = len(schedule)
+    v, pool = operands[2], operands[4]
+    scalars = len(batch)
 
     def body(*refs: Ref) -> None:
-        scalars, rest = refs[:num_scalars], refs[num_scalars:]
-        (q_ref, k_ref, v_ref, decay_ref, _), (o_ref, pool_ref), scratch = rest[:5], rest[5:7], rest[7]
-        hbm = Operands(q_ref, k_ref, v_ref, decay_ref, pool_ref, o_ref)
-        Walk(problem, plan, scale, pl.program_id(0), Schedule(*scalars), hbm, scratch).run()
+        (q, k, v, log_decay, _), (o, pool), scratch = refs[scalars:-3], refs[-3:-1], refs[-1]
+        hbm = Operands(q, k, v, log_decay, pool, o)
+        Walk(problem, plan, scale, pl.program_id(0), Batch(*refs[:scalars]), hbm, scratch).run()
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     decay_spec = anywhere if problem.per_token else pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -407,7 +447,7 @@ def gla_kernel(
         body,
         name="gla",
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=num_scalars,
+            num_scalar_prefetch=scalars,
             grid=(problem.heads // plan.heads,),
             in_specs=[anywhere, anywhere, anywhere, decay_spec, anywhere],
             out_specs=[anywhere, anywhere],
@@ -417,9 +457,9 @@ def gla_kernel(
             jax.ShapeDtypeStruct(v.shape, v.dtype),
             jax.ShapeDtypeStruct(pool.shape, pool.dtype),
         ],
-        input_output_aliases={num_scalars + 4: 1},
+        input_output_aliases={scalars + 4: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=60 << 20
         ),
         interpret=interpret,
-    )(*schedule, *operands)
+    )(*batch, *operands)

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from gla.schedule import ROWS
+from gla.schedule import Limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,15 +16,18 @@ class Problem:
     Attributes:
       num_tokens: rows of the batch, a multiple of ROWS.
       num_requests: requests, empty ones included.
+      num_slots: slots of the state pool.
       qk_heads, heads: query/key heads and value heads.
       key_dim, value_dim: width of a head of q and k, and of v.
       dtype: of q, k, v and the output.
       state_dtype: of the state pool.
       per_token: the decay is a scalar per token and head, not a constant per head.
+      batch_invariant: no bit of a request's result may depend on the rest of the batch.
     """
 
     num_tokens: int
     num_requests: int
+    num_slots: int
     qk_heads: int
     heads: int
     key_dim: int
@@ -32,6 +35,11 @@ class Problem:
     dtype: jnp.dtype
     state_dtype: jnp.dtype
     per_token: bool
+    batch_invariant: bool
+
+    def limits(self, plan: "Plan") -> Limits:
+        """What the schedule depends on."""
+        return Limits(self.num_tokens, self.num_slots, plan.window, self.batch_invariant)
 
     @property
     def group(self) -> int:
@@ -44,7 +52,7 @@ class Plan:
     """Block sizes of the kernel.
 
     Attributes:
-      window: most rows that are computed at once; a chunk has `window - ROWS` of them.
+      window: most rows that are computed at once.
       heads: value heads of one grid step, unrolled in the kernel's body.
       interleave: heads whose stages are interleaved to keep the matrix units fed.
       inputs: buffers of q, k, v windows; all but one are being fetched ahead.
@@ -54,15 +62,10 @@ class Plan:
 
     window: int = 128
     heads: int = 16
-    interleave: int = 2
+    interleave: int = 4
     inputs: int = 4
     states: int = 6
     lookahead: int = 3
-
-    @property
-    def chunk(self) -> int:
-        """Most rows of one work item."""
-        return self.window - ROWS
 
     @property
     def windows(self) -> tuple[int, ...]:

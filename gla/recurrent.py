@@ -1,9 +1,9 @@
-"""Recurrent form: one token of one request at a time, in f32 on the vector unit.
+"""Recurrent form: one token of one request at a time.
 
     S' = a S + k^T v        o = scale * q S'
 
-A group of ROWS tokens is staged once: its q and k are turned into columns, its v into f32 rows, so
-that each token's column or row can be picked by a dynamic index.
+The outer product is a matrix product of which one row is not masked, exact for bf16 operands; the
+rest is f32 on the vector unit.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from gla.chunk import TN, matmul
 from gla.plan import Plan, Problem
 from gla.schedule import ROWS
 
@@ -23,30 +24,24 @@ LANES = 128
 
 
 class Staged(NamedTuple):
-    """A group of tokens, ready to be picked from; h = plan.heads."""
+    """What a group of ROWS tokens is picked from and collected in; h = plan.heads."""
 
-    columns: Ref  # [h / group, key_dim, LANES] f32: lane i holds q of row i, lane ROWS + i its k
-    v: Ref  # [h, ROWS, value_dim] f32
+    q: Ref  # [h / group, key_dim, LANES] f32: lane i holds q of row i
     o: Ref  # [h, ROWS, value_dim] f32
 
     @staticmethod
-    def scratch(problem: Problem, plan: Plan) -> "Staged":
+    def shapes(problem: Problem, plan: Plan) -> "Staged":
         """Shapes of the fields."""
-        values = pltpu.VMEM((plan.heads, ROWS, problem.value_dim), jnp.float32)
         columns = (plan.heads // problem.group, problem.key_dim, LANES)
-        return Staged(pltpu.VMEM(columns, jnp.float32), values, values)
+        outputs = (plan.heads, ROWS, problem.value_dim)
+        return Staged(pltpu.VMEM(columns, jnp.float32), pltpu.VMEM(outputs, jnp.float32))
 
 
-def stage(staged: Staged, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    """Stages a group: q, k [ROWS, h / group * key_dim], v [ROWS, h * value_dim]."""
-    heads, key_dim, _ = staged.columns.shape
+def stage(staged: Staged, q: jax.Array) -> None:
+    """Turns the rows of q [ROWS, h / group * key_dim] into columns."""
+    heads, key_dim, _ = staged.q.shape
     for h in range(heads):
-        lanes = slice(h * key_dim, (h + 1) * key_dim)
-        both = jnp.concatenate([q[:, lanes], k[:, lanes]], axis=0).astype(jnp.float32)
-        staged.columns[h, :, : 2 * ROWS] = both.T
-    heads, _, width = staged.v.shape
-    for h in range(heads):
-        staged.v[h] = v[:, h * width : (h + 1) * width].astype(jnp.float32)
+        staged.q[h, :, :ROWS] = q[:, h * key_dim : (h + 1) * key_dim].astype(jnp.float32).T
 
 
 def unstage(staged: Staged) -> jax.Array:
@@ -61,14 +56,21 @@ def pick(columns: jax.Array, lane: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([column] * -(-width // LANES), axis=1)[:, :width]
 
 
+def only(x: jax.Array, row: jax.Array) -> jax.Array:
+    """x [ROWS, n] with all rows but one zeroed, whatever they hold."""
+    keep = lax.broadcasted_iota(jnp.int32, x.shape, 0) == row
+    return jnp.where(keep, x.astype(jnp.float32), 0.0).astype(x.dtype)
+
+
 def decode_token(
-    columns: jax.Array, v: jax.Array, state: jax.Array, decay: jax.Array, row: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array, decay: jax.Array, row: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One token of one head.
 
     Args:
-      columns: [key_dim, LANES] of its query/key head.
-      v: [1, value_dim] f32.
+      q: [key_dim, LANES] staged columns of its query/key head.
+      k: [ROWS, key_dim] of its group.
+      v: [ROWS, value_dim] of its group.
       state: [key_dim, value_dim] f32.
       decay: [1, 1 or value_dim].
       row: row of the token in its group.
@@ -76,6 +78,5 @@ def decode_token(
     Returns:
       q S' [1, value_dim] and S'.
     """
-    width = v.shape[1]
-    state = decay * state + pick(columns, ROWS + row, width) * v
-    return jnp.sum(pick(columns, row, width) * state, axis=0, keepdims=True), state
+    state = decay * state + matmul(only(k, row), only(v, row), TN)
+    return jnp.sum(pick(q, row, v.shape[1]) * state, axis=0, keepdims=True), state

@@ -1,130 +1,162 @@
 """What is done when: a ragged batch as a short list of work items in token order.
 
-Every row of the batch belongs to exactly one item. A request of several tokens becomes chunks of at
-most `chunk` rows, counted from its own first row, so that its result does not depend on where it
-lies in the batch. Neighbouring one-token requests (decode) share an item as far as they share an
-aligned group of rows. Rows without a request, or whose request has no valid slot, are skipped: their
-output is zero and no state is moved for them.
+Every row of the batch belongs to exactly one item. A request of several tokens becomes chunks that
+fit a window of rows which starts at an aligned group. Neighbouring one-token requests (decode) share
+an item as far as they share such a group. Rows without a request, or whose request has no slot of the
+pool, are skipped: their output is zero and no state is moved for them.
+
+Chunks end where windows do, so that all but the first are whole windows; a request's rounding errors
+then depend on its first row modulo ROWS. A batch-invariant list cuts chunks of `window - ROWS` rows,
+which fit wherever the request starts, and so depends on nothing but the request.
+
+The list is made by the kernel itself, on the scalar core, from the caller's arrays.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 ROWS = 16  # DMAs move aligned groups of this many rows: the packed tile of the narrowest input type
 
 SKIP, RUN, CHUNK = 0, 1, 2  # kinds of item
+FIRST, LAST = 4, 8  # added to CHUNK where the chunk opens or ends its request
 FRESH, NULL = -1, -2  # in place of a slot to load: state starts at zero; request is skipped
+
+Ref = Any
+
+
+class Batch(NamedTuple):
+    """The caller's description of the batch, in SMEM, int32."""
+
+    slot_ids: Ref  # [N]
+    cu_seqlens: Ref  # [N + 1]
+    has_state: Ref  # [N] 0 or 1
 
 
 class Schedule(NamedTuple):
-    """Scalars that drive the kernel. All int32; items [I], requests [R] in order, empty ones left out.
+    """Scalars that drive the kernel, int32 in SMEM; I items, R requests that have rows, in order.
 
     Attributes:
       counts: [2] number of items, number of requests.
-      base: [I] first row of the item's window, a multiple of ROWS.
-      begin: [I] the item's first row, counted from `base`; below ROWS.
-      rows: [I] rows of the item.
+      row: [I] the item's first row.
+      rows: [I] its rows.
       request: [I] its request (RUN: the first of `rows` consecutive ones).
-      kind: [I] SKIP, RUN or CHUNK.
-      first: [I] 1 where a CHUNK opens its request.
-      last: [I] 1 where a CHUNK ends its request.
+      kind: [I] SKIP, RUN, or CHUNK with FIRST and LAST.
       load: [R] slot to read the state from, FRESH or NULL.
       store: [R] slot to write the state to, or -1.
+      owner: [slots] the last request with that slot; undefined where there is none.
     """
 
-    counts: jax.Array
-    base: jax.Array
-    begin: jax.Array
-    rows: jax.Array
-    request: jax.Array
-    kind: jax.Array
-    first: jax.Array
-    last: jax.Array
-    load: jax.Array
-    store: jax.Array
+    counts: Ref
+    row: Ref
+    rows: Ref
+    request: Ref
+    kind: Ref
+    load: Ref
+    store: Ref
+    owner: Ref
+
+    @staticmethod
+    def shapes(limits: "Limits", num_requests: int) -> "Schedule":
+        """SMEM shapes of the fields, for any lengths; one place is spare for writes that do not count."""
+        requests = num_requests + 2  # rows before the first and after the last request count as one each
+        items = limits.num_tokens // limits.chunk + 2 * requests + 1
+        sizes = (2, items, items, items, items, requests + 1, requests + 1, max(limits.num_slots, 1))
+        return Schedule(*(pltpu.SMEM((size,), jnp.int32) for size in sizes))
 
 
-def max_items(num_tokens: int, num_requests: int, chunk: int) -> int:
-    """Upper bound of the number of items, for any lengths."""
-    return num_tokens // chunk + num_requests + 2
+class Position(NamedTuple):
+    """How far the batch has been listed."""
+
+    row: jax.Array  # first row that is not listed yet
+    items: jax.Array
+    requests: jax.Array
+    run: jax.Array  # 1 if the last item is a RUN
 
 
-def row_bounds(cu_seqlens: jax.Array, num_tokens: int) -> jax.Array:
-    """[N+3] first row of each segment and the end: leading gap, the N requests, trailing gap."""
-    inside = jax.lax.cummax(jnp.clip(cu_seqlens.astype(jnp.int32), 0, num_tokens))
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), inside, jnp.full(1, num_tokens, jnp.int32)])
+class Limits(NamedTuple):
+    """Static facts the list depends on."""
+
+    num_tokens: int
+    num_slots: int
+    window: int  # rows, a multiple of ROWS
+    batch_invariant: bool
+
+    @property
+    def chunk(self) -> int:
+        """Rows of every chunk but a request's first and last."""
+        return self.window - ROWS if self.batch_invariant else self.window
 
 
-def make_schedule(
-    cu_seqlens: jax.Array,
-    slot_ids: jax.Array,
-    has_state: jax.Array,
-    *,
-    num_tokens: int,
-    num_slots: int,
-    chunk: int,
-) -> Schedule:
-    """Lists the work items of a ragged batch.
+def list_items(batch: Batch, schedule: Schedule, limits: Limits) -> None:
+    """Fills the schedule: bounds are made monotone and clipped to [0, num_tokens] on the way."""
+    num_requests = batch.slot_ids.shape[0]
 
-    Args:
-      cu_seqlens: [N+1] int32, rows [cu[n], cu[n+1]) belong to request n. Made monotone and clipped
-        to [0, num_tokens].
-      slot_ids: [N] int32; a slot outside [0, num_slots) makes the request NULL.
-      has_state: [N] bool; False starts from a zero state.
-      num_tokens: rows of the batch, a multiple of ROWS.
-      num_slots: slots of the state pool.
-      chunk: most rows of one item, a multiple of ROWS.
-    """
-    gap = jnp.full(1, -1, jnp.int32)
-    slot = jnp.concatenate([gap, slot_ids.astype(jnp.int32), gap])
-    known = jnp.concatenate([gap != gap, has_state.astype(bool), gap != gap])
-    bounds = row_bounds(cu_seqlens, num_tokens)
-    length = bounds[1:] - bounds[:-1]
+    def segment(end: jax.Array, slot: jax.Array, known: jax.Array, at: Position) -> Position:
+        return list_segment(schedule, limits, jnp.minimum(end, limits.num_tokens), slot, known, at)
 
-    # Leave out empty requests, so that the previous request is the owner of the previous row.
-    index = jnp.arange(length.shape[0], dtype=jnp.int32)
-    rank = jnp.cumsum(length > 0)
-    order = jnp.minimum(jnp.sum(rank[None, :] <= index[:, None], axis=1), index[-1])
-    alive = index < rank[-1]
-    start, slot, known = bounds[order], slot[order], known[order]
-    length = jnp.where(alive, length[order], 0)
-    valid = alive & (slot >= 0) & (slot < num_slots)
+    def request(n: jax.Array, at: Position) -> Position:
+        return segment(batch.cu_seqlens[n + 1], batch.slot_ids[n], batch.has_state[n], at)
 
-    # Among requests that share a slot, the last one's state is kept.
-    later = index[None, :] > index[:, None]
-    superseded = jnp.any(later & valid[None, :] & (slot[None, :] == slot[:, None]), axis=1)
-    load = jnp.where(valid, jnp.where(known, slot, FRESH), NULL)
-    store = jnp.where(valid & ~superseded, slot, -1)
+    zero = jnp.int32(0)
+    at = segment(batch.cu_seqlens[0], jnp.int32(-1), zero, Position(zero, zero, zero, zero))
+    at = lax.fori_loop(0, num_requests, request, at)
+    at = segment(jnp.int32(limits.num_tokens), jnp.int32(-1), zero, at)
+    schedule.counts[0], schedule.counts[1] = at.items, at.requests
 
+    def keep(r: jax.Array, _: None) -> None:  # of the requests that share a slot, the last one's state
+        slot = schedule.store[r]
+        superseded = schedule.owner[jnp.maximum(slot, 0)] != r
+        schedule.store[r] = jnp.where((slot >= 0) & superseded, -1, slot)
+
+    lax.fori_loop(0, at.requests, keep, None)
+
+
+def list_segment(
+    schedule: Schedule,
+    limits: Limits,
+    end: jax.Array,
+    slot: jax.Array,
+    known: jax.Array,
+    at: Position,
+) -> Position:
+    """Lists the rows [at.row, end) of one request; writes past the counts are overwritten later."""
+    length = end - at.row
+    live = (slot >= 0) & (slot < limits.num_slots)
+    schedule.load[at.requests] = jnp.where(live, jnp.where(known != 0, slot, FRESH), NULL)
+    schedule.store[at.requests] = jnp.where(live, slot, -1)
+
+    @pl.when(live & (length > 0))
+    def _() -> None:
+        schedule.owner[slot] = at.requests
+
+    begin = at.row % ROWS
+    opening = jnp.minimum(length, limits.chunk - (0 if limits.batch_invariant else begin))
     single = length == 1
-    group = start // ROWS
-    joins = single & jnp.roll(single, 1) & (jnp.roll(group, 1) == group) & (index > 0)
-    run_end = jnp.where(joins, index.shape[0], index)  # the next request that opens an item
-    run_end = jnp.append(jax.lax.cummin(run_end, reverse=True)[1:], index.shape[0])
-    run_end = jnp.minimum(run_end, rank[-1].astype(jnp.int32))
+    joins = single & (at.run == 1) & (begin != 0)
+    place = at.items - joins.astype(jnp.int32)
+    schedule.row[place] = jnp.where(joins, schedule.row[place], at.row)
+    schedule.rows[place] = jnp.where(joins, schedule.rows[place] + 1, opening)
+    schedule.request[place] = jnp.where(joins, schedule.request[place], at.requests)
+    kind = jnp.where(live, CHUNK + FIRST + jnp.where(opening == length, LAST, 0), SKIP)
+    schedule.kind[place] = jnp.where(single, RUN, kind)
+    more = (length - opening + limits.chunk - 1) // limits.chunk
 
-    pieces = jnp.where(single, ~joins, -(-length // chunk)).astype(jnp.int32)
-    ends = jnp.cumsum(pieces)
-    item = jnp.arange(max_items(num_tokens, cu_seqlens.shape[0] - 1, chunk), dtype=jnp.int32)
-    owner = jnp.minimum(jnp.sum(ends[None, :] <= item[:, None], axis=1), index[-1])
-    done = (item - (ends - pieces)[owner]) * chunk
-    row = start[owner] + done
-    rows = jnp.where(single[owner], run_end[owner] - owner, jnp.minimum(chunk, length[owner] - done))
-    skipped = jnp.where(valid[owner], CHUNK, SKIP)
-    fields = Schedule(
-        counts=jnp.stack([ends[-1], rank[-1]]),
-        base=row // ROWS * ROWS,
-        begin=row % ROWS,
-        rows=rows,
-        request=owner,
-        kind=jnp.where(single[owner], RUN, skipped),
-        first=done == 0,
-        last=done + rows == length[owner],
-        load=load,
-        store=store,
+    def piece(i: jax.Array, _: None) -> None:
+        item, done = at.items + 1 + i, opening + i * limits.chunk
+        schedule.row[item] = at.row + done
+        schedule.rows[item] = jnp.minimum(length - done, limits.chunk)
+        schedule.request[item] = at.requests
+        schedule.kind[item] = jnp.where(live, CHUNK + jnp.where(i == more - 1, LAST, 0), SKIP)
+
+    lax.fori_loop(0, more, piece, None)
+    listed = Position(
+        row=end, items=place + 1 + more, requests=at.requests + 1, run=single.astype(jnp.int32)
     )
-    return Schedule(*(field.astype(jnp.int32) for field in fields))
+    return jax.tree.map(lambda new, old: jnp.where(length > 0, new, old), listed, at)

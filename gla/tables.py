@@ -41,7 +41,7 @@ class ConstantTables:
     Attributes:
       within: [h, W, W] scale * e^(g (i - j)) for j <= i, else 0.
       rising: [h, 2 ROWS + W, L] row ROWS + n holds scale * e^(g n) for n >= 0, else 0.
-      falling: [h, 2 W, L] row W - 1 - n holds e^(g n) for n >= 0, else 0.
+      falling: [h, 2 W, L] row W - n holds e^(g n) for n >= 0, else 0.
     """
 
     within: Ref
@@ -49,7 +49,7 @@ class ConstantTables:
     falling: Ref
 
     @staticmethod
-    def scratch(problem: Problem, plan: Plan) -> list[Any]:
+    def shapes(problem: Problem, plan: Plan) -> list[Any]:
         """Shapes of the attributes."""
         lanes = max(problem.key_dim, problem.value_dim)
         heads, window = plan.heads, plan.window
@@ -68,7 +68,7 @@ class ConstantTables:
             square = (window, window)
             self.within[h] = scale * power(g, iota(square, 0) - iota(square, 1))
             self.rising[h] = scale * power(g, iota(self.rising.shape[1:], 0) - ROWS)
-            self.falling[h] = power(g, window - 1 - iota(self.falling.shape[1:], 0))
+            self.falling[h] = power(g, window - iota(self.falling.shape[1:], 0))
 
         lax.fori_loop(0, heads, fill, None)
 
@@ -86,14 +86,14 @@ class ConstantTables:
         return Decays(
             within=self.within[h, :size, :size],
             since=self.rising[h, pl.ds(ROWS + 1 - begin, size), :value_dim],
-            until=self.falling[h, pl.ds(window - end, size), :key_dim],
-            whole=self.falling[h, pl.ds(window - 1 - (end - begin), 1), :value_dim],
+            until=self.falling[h, pl.ds(window + 1 - end, size), :key_dim],
+            whole=self.falling[h, pl.ds(window - (end - begin), 1), :value_dim],
         )
 
     def token(self, h: int, slot: jax.Array, row: jax.Array, width: int) -> jax.Array:
         """[1, width] decay of one token."""
         window = self.within.shape[1]
-        return self.falling[h, window - 2 : window - 1, :width]
+        return self.falling[h, window - 1 : window, :width]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class TokenTables:
     scale: float
 
     @staticmethod
-    def scratch(problem: Problem, plan: Plan) -> list[Any]:
+    def shapes(problem: Problem, plan: Plan) -> list[Any]:
         """Shapes of the attributes."""
         heads, window = plan.heads, plan.window
         return [
