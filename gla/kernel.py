@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gla import chunk
 from gla.plan import Plan, Problem
 from gla.recurrent import Staged, decode_token, stage, unstage
-from gla.schedule import CHUNK, FIRST, FRESH, LAST, NULL, ROWS, RUN, SKIP, Batch, Schedule, list_items
+from gla.schedule import CHUNK, FIRST, FRESH, LAST, NULL, ROWS, RUN, SKIP, Batch, Schedule, group_start, in_group, list_items
 from gla.tables import ConstantTables, TokenTables, iota
 from tpukit.buffers import Index, Stream
 
@@ -81,6 +81,17 @@ class Scratch(NamedTuple):
         )
 
 
+class HalfDone(NamedTuple):
+    """A head whose chunk is scored: its state and its output are still to come."""
+
+    head: int
+    k: jax.Array
+    v: jax.Array
+    state: jax.Array
+    decays: chunk.Decays
+    scored: chunk.Scored
+
+
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """One grid step: `block` of plan.heads heads through all items."""
@@ -115,7 +126,7 @@ class Walk:
 
     def begin(self, item: Index) -> jax.Array:
         """The item's first row, counted from the first row of its window, a whole group."""
-        return self.schedule.row[item] % ROWS
+        return in_group(self.schedule.row[item])
 
     def end(self, item: Index) -> jax.Array:
         """One past the item's last row, counted likewise."""
@@ -128,7 +139,7 @@ class Walk:
 
     def rows(self, item: Index, count: jax.Array) -> Any:
         """`count` rows of HBM from the item's first group; both multiples of ROWS."""
-        base = self.schedule.row[item] // ROWS * ROWS
+        base = group_start(self.schedule.row[item])
         return pl.ds(pl.multiple_of(base, ROWS), pl.multiple_of(count, ROWS))
 
     @property
@@ -136,7 +147,7 @@ class Walk:
         """Per item: the groups of q, k, v (and log decays) that it touches."""
 
         def copies(item: Index, slot: jax.Array) -> list[Any]:
-            rows = self.rows(item, (self.end(item) + ROWS - 1) // ROWS * ROWS)
+            rows = self.rows(item, group_start(self.end(item) + ROWS - 1))
             sem = self.vmem.input_sems.at[slot]
             moves = self.tables.copies(self.hbm.log_decay, self.block, rows, slot, sem)
             for source, window in (
@@ -168,7 +179,7 @@ class Walk:
 
     def complete(self, item: Index) -> jax.Array:
         """Rows of the window up to the last whole group."""
-        return self.end(jnp.maximum(item, 0)) // ROWS * ROWS
+        return group_start(self.end(jnp.maximum(item, 0)))
 
     def state(self, slot: jax.Array) -> Ref:
         """This block's heads of a slot of the pool."""
@@ -350,19 +361,21 @@ class Walk:
             self.stores.start(request)
 
     def chunk_heads(self, item: jax.Array, state: Ref, size: int) -> None:
-        """All heads of the block, a few at a time, the second half of each set beside the first of the next."""
+        """All heads of the block in sets, the second half of a set beside the first half of the next."""
         slot, out = self.inputs.slot(item), self.outputs.slot(item)
         begin, end = self.begin(item), self.end(item)
         clear_outside(self.vmem.k.at[slot], begin, end, size)
         clear_outside(self.vmem.v.at[slot], begin, end, size)
         self.tables.open(slot, begin, end, size)
         dims = (self.problem.key_dim, self.problem.value_dim)
-        unfinished: list[tuple[int, chunk.Scored, jax.Array]] = []
 
-        def finish() -> None:
-            for h, scored, v in unfinished:
-                self.vmem.o[out, :size, self.value_lanes(h)] = chunk.output(scored, v)
+        def finish(half_done: list[HalfDone]) -> None:
+            for x in half_done:
+                state[x.head] = chunk.advance(x.k, x.v, x.state, x.decays)
+            for x in half_done:
+                self.vmem.o[out, :size, self.value_lanes(x.head)] = chunk.output(x.scored, x.v)
 
+        half_done: list[HalfDone] = []
         for heads in self.sets:
             q = [self.vmem.q[slot, :size, self.key_lanes(h)] for h in heads]
             k = [self.vmem.k[slot, :size, self.key_lanes(h)] for h in heads]
@@ -370,12 +383,9 @@ class Walk:
             before = [state[h] for h in heads]
             decays = [self.tables.chunk(h, begin, end, size, dims) for h in heads]
             scored = [chunk.score(*args) for args in zip(q, k, before, decays)]
-            after = [chunk.advance(*args) for args in zip(k, v, before, decays)]
-            for h, new in zip(heads, after):
-                state[h] = new
-            finish()
-            unfinished = list(zip(heads, scored, v))
-        finish()
+            finish(half_done)
+            half_done = [HalfDone(*args) for args in zip(heads, k, v, before, decays, scored)]
+        finish(half_done)
 
     def join(self, item: jax.Array) -> None:
         """Takes the rows before the item's first from the window of the item before."""
@@ -406,8 +416,10 @@ def clear_outside(window: Ref, begin: jax.Array, end: jax.Array, size: int) -> N
         row = start + iota(values.shape, 0)
         rows[...] = jnp.where((row >= begin) & (row < end), values, 0.0).astype(rows.dtype)
 
-    pl.when(begin > 0)(lambda: clear(jnp.int32(0)))
-    lax.fori_loop(end // ROWS, size // ROWS, lambda group, _: clear(group), None)
+    @pl.when((begin > 0) | (end < size))
+    def _() -> None:
+        clear(jnp.int32(0))
+        lax.fori_loop(end // ROWS, size // ROWS, lambda group, _: clear(group), None)
 
 
 def gla_kernel(

@@ -55,8 +55,8 @@ class Plan:
       window: most rows that are computed at once.
       heads: value heads of one grid step, unrolled in the kernel's body.
       interleave: heads whose stages are interleaved to keep the matrix units fed.
-      inputs: buffers of q, k, v windows; all but one are being fetched ahead.
-      states: buffers of states.
+      inputs: buffers of q, k, v windows, a power of two; all but one are being fetched ahead.
+      states: buffers of states, a power of two.
       lookahead: states fetched ahead; the other buffers but one are being written back.
     """
 
@@ -64,8 +64,8 @@ class Plan:
     heads: int = 16
     interleave: int = 4
     inputs: int = 4
-    states: int = 6
-    lookahead: int = 3
+    states: int = 8
+    lookahead: int = 4
 
     @property
     def windows(self) -> tuple[int, ...]:

@@ -24,11 +24,22 @@ from jax.experimental.pallas import tpu as pltpu
 
 ROWS = 16  # DMAs move aligned groups of this many rows: the packed tile of the narrowest input type
 
+
 SKIP, RUN, CHUNK = 0, 1, 2  # kinds of item
 FIRST, LAST = 4, 8  # added to CHUNK where the chunk opens or ends its request
 FRESH, NULL = -1, -2  # in place of a slot to load: state starts at zero; request is skipped
 
 Ref = Any
+
+
+def in_group(row: jax.Array) -> jax.Array:
+    """Place of a row in its aligned group."""
+    return row & (ROWS - 1)
+
+
+def group_start(row: jax.Array) -> jax.Array:
+    """First row of the aligned group of a row."""
+    return row & -ROWS
 
 
 class Batch(NamedTuple):
@@ -136,7 +147,7 @@ def list_segment(
     def _() -> None:
         schedule.owner[slot] = at.requests
 
-    begin = at.row % ROWS
+    begin = in_group(at.row)
     opening = jnp.minimum(length, limits.chunk - (0 if limits.batch_invariant else begin))
     single = length == 1
     joins = single & (at.run == 1) & (begin != 0)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 Index = jax.Array | int
@@ -21,7 +20,7 @@ class Stream:
     Attributes:
       copies: `copies(index, slot)` describes the DMAs of transfer `index` through buffer `slot`. It
         is called again to wait, so it must describe the same DMAs both times.
-      depth: number of buffers.
+      depth: number of buffers, a power of two: the scalar core has no cheap division.
       exists: `exists(index)` says whether transfer `index` moves any data; transfers that do not
         are neither started nor awaited.
     """
@@ -32,7 +31,7 @@ class Stream:
 
     def slot(self, index: Index) -> jax.Array:
         """The buffer that transfer `index` uses."""
-        return lax.rem(jnp.int32(index), jnp.int32(self.depth))
+        return jnp.int32(index) & (self.depth - 1)
 
     def start(self, index: Index) -> None:
         """Starts the DMAs of transfer `index`, if it exists."""
