@@ -30,10 +30,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             got=f"is {request['target']!r} ({error})",
             expected="a function that can be imported",
         ) from error
-    fn, args, *rest = function(chip=request["chip"], **request["kwargs"])
+    with aot.as_if_on(request["chip"]):
+        fn, args, *rest = function(chip=request["chip"], **request["kwargs"])
     compiled = aot.compile_for(fn, *args, chip=request["chip"], **(rest[0] if rest else {}))
     return {
         "kernels": compiled.kernels,
+        "sparse_kernels": compiled.sparse_kernels,
         "other_ops": [dataclasses.asdict(op) for op in compiled.other_ops],
         "lower_seconds": compiled.lower_seconds,
         "compile_seconds": compiled.compile_seconds,

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from tpukit import errors
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
@@ -29,8 +31,9 @@ _LABEL = re.compile(r"XLA label: (\S+) = ")
 _MOSAIC = re.compile(
     r"Mosaic failed to compile TPU kernel(?: with MLIR module name `(\S*)` HLO name `\S*`)?:? ?"
 )
-_OPERATION = re.compile(r"The MLIR operation involved:\s*(.+)")
+_OPERATION = re.compile(r"(?:The MLIR operation involved|see current operation):\s*(.+)")
 _LOWERING = re.compile(r"Pallas TPU lowering|Pallas lowering|Unimplemented primitive|Mosaic")
+_APPEAL = re.compile(r" Please file an? (?:bug|issue) at \S+")
 _PRIMITIVE = re.compile(r"Unimplemented primitive in Pallas TPU lowering for \w+: ([\w\-]+)")
 
 
@@ -64,7 +67,8 @@ def translate(
                 plan=plan,
                 fits=fits(limit) if fits is not None and found["space"] == "vmem" else None,
             )
-    if type(error).__name__ in ("MosaicError", "JaxRuntimeError") and _refused(text):
+    # Pallas's own error classes are private; their names are not.
+    if type(error).__name__ in ("MosaicError", "VerificationError") or _refused(error):
         return _mosaic(text, chip, describe)
     if isinstance(error, NotImplementedError | ValueError) and _LOWERING.search(text):
         primitive = _PRIMITIVE.search(text)
@@ -77,8 +81,10 @@ def translate(
     return None
 
 
-def _refused(text: str) -> bool:
-    return bool(_MOSAIC.search(text)) or text.startswith(("INTERNAL", "UNIMPLEMENTED", "INVALID"))
+def _refused(error: Exception) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(
+        ("INTERNAL", "UNIMPLEMENTED", "INVALID_ARGUMENT")
+    )
 
 
 def _mosaic(text: str, chip: str, describe: str) -> errors.KernelCompileError:
@@ -93,7 +99,7 @@ def _mosaic(text: str, chip: str, describe: str) -> errors.KernelCompileError:
 
 
 def _sentence(text: str) -> str:
-    first = text.strip().split("\n")[0].strip()
+    first = _APPEAL.sub("", text.strip().split("\n")[0]).strip()
     return first.rstrip(".") if first else "no reason given"
 
 

@@ -7,6 +7,7 @@ reads its flags only once, and returns the loops, slots and buffers of every ker
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from tpukit import _refusals, chips, errors, listing
 
 _MODULE_NAME = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-# Opcodes that compute and move nothing.
-_FREE_OPCODES = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast"})
+# Opcodes that compute and move nothing themselves.
+_FREE_OPCODES = frozenset(
+    [
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
+        *("call", "call-start", "call-update", "call-done"),
+        *("async-start", "async-update", "async-done"),
+    ]
+)
 _HLO_OP = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
-_HLO_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+# An attribute may hold line breaks and braces: only these two endings close a computation.
+_HLO_COMPUTATION = re.compile(
+    r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)\n\}(|, execution_thread=[^\n]*)$",
+    re.DOTALL | re.MULTILINE,
+)
 _HLO_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_KERNEL_CALL = 'custom_call_target="tpu_custom_call"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +56,13 @@ class HloOp:
       name: its name in the program ("copy.3").
       opcode: what it is ("copy").
       shape: its result, layout and memory space included; `S(1)` is VMEM.
+      core: what runs it, "tensorcore" or "sparsecore".
     """
 
     name: str
     opcode: str
     shape: str
+    core: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +90,21 @@ class Compiled:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The names of the Pallas kernels in the program."""
-        names = (op.name for op, line in _hlo_lines(self.hlo) if _is_kernel(op, line))
-        return tuple(dict.fromkeys(names))
+        """The names of the Pallas kernels that run on the TensorCore."""
+        return _kernel_names(self.hlo, "tensorcore")
+
+    @property
+    def sparse_kernels(self) -> tuple[str, ...]:
+        """The names of the Pallas kernels that run on the SparseCore."""
+        return _kernel_names(self.hlo, "sparsecore")
 
     @property
     def other_ops(self) -> tuple[HloOp, ...]:
         """What the program does besides running Pallas kernels."""
         return tuple(
             op
-            for op, line in _hlo_lines(self.hlo)
-            if op.opcode not in _FREE_OPCODES and not _is_kernel(op, line)
+            for op, line in _hlo_ops(self.hlo)
+            if op.opcode not in _FREE_OPCODES and _KERNEL_CALL not in line
         )
 
 
@@ -97,7 +115,8 @@ class StaticReport:
     Attributes:
       target: the function that built the program, "module:function".
       chip: the chip's name.
-      kernels: its Pallas kernels.
+      kernels: its Pallas kernels on the TensorCore.
+      sparse_kernels: the names of those on the SparseCore, whose schedule the compiler dumps not.
       other_ops: what XLA runs beside them.
       lower_seconds, compile_seconds, code_bytes, temp_bytes, argument_bytes, output_bytes: as in
         `Compiled`.
@@ -107,6 +126,7 @@ class StaticReport:
     target: str
     chip: str
     kernels: tuple[listing.Kernel, ...]
+    sparse_kernels: tuple[str, ...]
     other_ops: tuple[HloOp, ...]
     lower_seconds: float
     compile_seconds: float
@@ -198,6 +218,15 @@ def compile_for(
     )
 
 
+@contextlib.contextmanager
+def as_if_on(chip: str) -> Iterator[None]:
+    """Lets code that asks for the TPU's figures (`pltpu.get_tpu_info`) see those of `chip`."""
+    entry = chips.chip(chip)
+    mesh = _mesh(_devices(entry.name, entry.topology), None)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
 def static_report(target: str, chip: str, *, timeout: float = 600.0, **kwargs: Any) -> StaticReport:
     """Compiles a program in a process of its own and reads the compiler's dumps.
 
@@ -224,6 +253,7 @@ def static_report(target: str, chip: str, *, timeout: float = 600.0, **kwargs: A
     with tempfile.TemporaryDirectory() as folder:
         result = _run_worker(request, Path(folder), timeout)
         kernels = listing.parse_directory(Path(folder), result.pop("kernels"), entry)
+    result["sparse_kernels"] = tuple(result["sparse_kernels"])
     other_ops = tuple(HloOp(**op) for op in result.pop("other_ops"))
     return StaticReport(
         target=target, chip=entry.name, kernels=kernels, other_ops=other_ops, **result
@@ -353,20 +383,27 @@ def _with_shardings(
     return result
 
 
-def _hlo_lines(hlo: str) -> list[tuple[HloOp, str]]:
-    """The operations of the program, without those inside fusions and reductions."""
-    called = set(_HLO_CALLED.findall(hlo))
-    found = []
-    computation = ""
-    for line in hlo.splitlines():
-        header = _HLO_COMPUTATION.match(line)
-        if header is not None:
-            computation = header[1]
-        match = _HLO_OP.match(line)
-        if match is not None and computation not in called:
-            found.append((HloOp(name=match[1], opcode=match[3], shape=match[2]), line))
-    return found
+def _hlo_ops(hlo: str) -> list[tuple[HloOp, str]]:
+    """The operations of the program with their lines, without those inside fusions and the like."""
+    computations = [match.groups() for match in _HLO_COMPUTATION.finditer(hlo)]
+    lines = [
+        (name, "sparsecore" if "sparsecore" in thread else "tensorcore", match, line)
+        for name, body, thread in computations
+        for line in body.splitlines()
+        if (match := _HLO_OP.match(line)) is not None
+    ]
+    inlined = {
+        called
+        for _, _, match, line in lines
+        if match[3] not in _FREE_OPCODES
+        for called in _HLO_CALLED.findall(line)
+    }
+    return [
+        (HloOp(name=match[1], opcode=match[3], shape=match[2], core=core), line)
+        for name, core, match, line in lines
+        if name not in inlined
+    ]
 
 
-def _is_kernel(op: HloOp, line: str) -> bool:
-    return op.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in line
+def _kernel_names(hlo: str, core: str) -> tuple[str, ...]:
+    return tuple(op.name for op, line in _hlo_ops(hlo) if _KERNEL_CALL in line and op.core == core)

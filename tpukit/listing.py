@@ -22,7 +22,10 @@ _ADDRESS = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2} ?)*:")
 _LABELS = frozenset({"LH", "LB", "LE", "PB", "PF", "CT"})
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _REGION = re.compile(r"(Start/End empty|Start|End) region (\d+)")
-_OPERATION = re.compile(r"^(?:%\S+ = )?([a-z][a-z0-9_]*(?:\.[a-z0-9_]+(?:\[\d+\])?)*)(?= |$)")
+_OPERATION = re.compile(
+    r"^(?:%\S+ = )?"
+    r"([a-z][a-z0-9_]*(?:\.(?:[a-z0-9_]+(?:\[\d+\])?|<no memory space>))*)(?= |$)"
+)
 _BRANCH = re.compile(r"^%\S+ = sbr\.rel (?:\((!?%\w+)\) )?target = \$region(\d+)$")
 _DMA_START = re.compile(r"^dma\.(?:general|(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem))$")
 _DMA_WAIT = re.compile(r"^dma\.done\.wait$")

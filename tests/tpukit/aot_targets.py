@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import tpu_sc as plsc
+from jax.sharding import PartitionSpec as P
 
 from tpukit.errors import ArgumentError
 
@@ -135,6 +137,26 @@ def sort(chip):
     return pl.pallas_call(body, name="sort", out_shape=TILE), (TILE,)
 
 
+def mismatched(chip):
+    """A transfer between buffers of different shapes."""
+
+    def body(x_hbm, o_hbm, arrived):
+        copy = pltpu.make_async_copy(x_hbm, o_hbm, arrived)
+        copy.start()
+        copy.wait()
+
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    call = pl.pallas_call(
+        body,
+        name="mismatched",
+        out_shape=TILE,
+        in_specs=[hbm],
+        out_specs=hbm,
+        scratch_shapes=[pltpu.SemaphoreType.DMA],
+    )
+    return call, (Spec((16, 128), F32),)
+
+
 def narrow(chip):
     """A block shape that is no multiple of a tile."""
 
@@ -152,6 +174,52 @@ def narrow(chip):
 def huge(chip):
     """A program that needs more HBM than any chip has."""
     return jnp.transpose, (Spec((1 << 34, 128), F32),)
+
+
+def ring(chip):
+    """A copy to the next of four devices, with the options of `compile_for` that it needs."""
+
+    def body(x_hbm, o_hbm, sent, received):
+        device = lax.rem(lax.axis_index("x") + 1, lax.axis_size("x"))
+        copy = pltpu.make_async_remote_copy(x_hbm, o_hbm, sent, received, device_id=(device,))
+        copy.start()
+        copy.wait()
+
+    def shard(x):
+        hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+        return pl.pallas_call(
+            body,
+            name="ring",
+            out_shape=Spec(x.shape[::-1], x.dtype),
+            in_specs=[hbm],
+            out_specs=hbm,
+            scratch_shapes=[pltpu.SemaphoreType.DMA] * 2,
+        )(x.T)
+
+    def fn(x):
+        return jax.shard_map(shard, in_specs=P("x"), out_specs=P("x"), check_vma=False)(x)
+
+    options = {"mesh_axes": {"x": 4}, "in_specs": [P("x")]}
+    return fn, (Spec((1 << 16, 1024), F32),), options
+
+
+def sparse(chip):
+    """A gather on the SparseCore."""
+    mesh = plsc.VectorSubcoreMesh(core_axis_name="core", subcore_axis_name="subcore")
+
+    @pl.kernel(
+        out_type=Spec((1024, 128), F32),
+        mesh=mesh,
+        scratch_types=[pltpu.VMEM((32, 128), F32), pltpu.VMEM((32,), jnp.int32)],
+        name="sparse",
+    )
+    def gather(x_hbm, ids_hbm, o_hbm, rows, ids):
+        first = (lax.axis_index("core") * 16 + lax.axis_index("subcore")) * 32
+        pltpu.sync_copy(ids_hbm.at[pl.ds(first, 32)], ids)
+        pltpu.sync_copy(x_hbm.at[ids], rows)
+        pltpu.sync_copy(rows, o_hbm.at[pl.ds(first, 32)])
+
+    return gather, (Spec((65536, 128), F32), Spec((1024,), jnp.int32))
 
 
 def refuses(chip):

@@ -117,6 +117,7 @@ def test_too_much_of_other_memories(builder, kwargs, space, asked, name):
     [
         (aot_targets.unaligned, "unaligned", "tpu.vector_load", "multiple of 128"),
         (aot_targets.sort, "described", "sort", "Unimplemented primitive"),
+        (aot_targets.mismatched, "described", "tpu.enqueue_dma", "shape mismatch"),
         (aot_targets.narrow, "described", "", "divisible by 8 and 128"),
     ],
 )
@@ -127,6 +128,7 @@ def test_refused_kernels(builder, kernel, operation, reason):
     assert operation in caught.value.operation
     assert bool(operation) == bool(caught.value.operation)
     assert reason in caught.value.reason
+    assert "Please" not in str(caught.value)
     assert caught.value.__cause__ is not None
 
 
@@ -222,6 +224,20 @@ def test_report_figures(reports):
     assert json.loads(report.to_json())["kernels"][0]["loops"][2]["path"] == "0/0/0"
     with pytest.raises(KeyError, match=r"nested\.1"):
         report.kernel("nest")
+
+
+def test_report_of_several_devices():
+    report = aot.static_report(f"{TARGETS}:ring", "v5e")
+    assert report.kernel("ring").ops.dma_starts == 1
+    assert {op.opcode for op in report.other_ops} == {"copy"}  # the transpose
+    assert report.argument_bytes == (1 << 16) * 1024  # a quarter of the array
+
+
+def test_sparse_kernels_are_named():
+    report = aot.static_report(f"{TARGETS}:sparse", "v6e")
+    assert report.kernels == ()
+    assert [name.split(".")[0] for name in report.sparse_kernels] == ["sparse"]
+    assert report.other_ops == ()
 
 
 @pytest.mark.parametrize(
