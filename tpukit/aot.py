@@ -169,8 +169,7 @@ def compile_for(
 
     Args:
       fn: a function, jitted or not.
-      *args: its arguments: trees of arrays or `jax.ShapeDtypeStruct`; only shapes, dtypes and the
-        shardings of `ShapeDtypeStruct`s that have one are used.
+      *args: its arguments: trees of arrays or `jax.ShapeDtypeStruct`, for shapes and dtypes.
       chip: a name in `chips.CHIPS`.
       topology: the devices to compile for; the chip's smallest topology unless given.
       mesh_axes: name and size of each mesh axis over those devices; one device unless given.
@@ -371,8 +370,7 @@ def _with_shardings(
         )
 
     def shaped(leaf: Any, sharding: Sharding) -> Any:
-        own = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own or sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     result = []
     for arg, spec in zip(args, specs, strict=True):

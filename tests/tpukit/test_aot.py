@@ -53,6 +53,12 @@ def test_copies_around_a_kernel_show():
     assert moved in (["copy"], ["transpose"])
 
 
+def test_operations_inside_fusions_do_not_show():
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    compiled = aot.compile_for(lambda x: jnp.exp(x) * 2 + 1, x, chip="v5e")
+    assert [op.opcode for op in compiled.other_ops] == ["fusion"]
+
+
 @pytest.mark.parametrize(
     ("kib", "limit_kib", "asked", "limit"),
     [
@@ -88,6 +94,14 @@ def test_too_much_vmem(kib, limit_kib, asked, limit):
     assert error.__cause__ is not None
 
 
+@pytest.mark.parametrize("name", CHIPS)
+def test_default_vmem_limit_is_the_tables(name):
+    limit = chip(name).scoped_vmem_bytes
+    with pytest.raises(errors.KernelResourceError) as caught:
+        compile_target(aot_targets.scratch, name, kib=limit // 1024 + 2048)
+    assert caught.value.limit == limit
+
+
 def test_vmem_below_an_explicit_limit_fits():
     compiled = compile_target(aot_targets.scratch, "v6e", kib=40 * 1024, limit_kib=48 * 1024)
     assert compiled.kernels == ("scratch.1",)
@@ -103,9 +117,12 @@ def test_vmem_below_an_explicit_limit_fits():
 )
 @pytest.mark.parametrize("name", ["v5e", "tpu7x"])
 def test_too_much_of_other_memories(builder, kwargs, space, asked, name):
+    offered = []
+    options = {"describe": "whole", "fits": offered.append}
     with pytest.raises(errors.KernelResourceError) as caught:
-        compile_target(builder, name, options={"describe": "whole"}, **kwargs)
+        compile_target(builder, name, options=options, **kwargs)
     error = caught.value
+    assert offered == ([error.limit] if space == "vmem" else [])
     assert error.space == space
     assert error.kernel == {"vmem": "windows", "smem": "smem", "hbm": "whole"}[space]
     assert error.asked == asked if asked else error.asked > chip(name).hbm_bytes

@@ -1,7 +1,8 @@
-"""The parser of compiler dumps, on two stored dumps of `aot_targets.nested` counted by hand.
+"""The parser of compiler dumps, on stored dumps counted by hand.
 
-They were made with small operands, which XLA keeps in VMEM on tpu7x; there the transfer in the
-outer loop became a loop of vector copies.
+`nested` is `aot_targets.nested` with small operands, which XLA keeps in VMEM on tpu7x; there the
+transfer in the outer loop became a loop of vector copies. `branches` is a loop around a `lax.cond`,
+a `lax.switch` and two nested `pl.when`.
 """
 
 import re
@@ -15,11 +16,12 @@ from tpukit.chips import chip
 from tpukit.errors import ListingError
 
 DATA = Path(__file__).parent / "data"
+SCHEDULE, SLOTS, BUFFERS = "02-final_bundles", "01-final_hlo", "00-pre-finalize"
 
 
 def unpack(name, folder, edit=None):
-    """Stored dumps of a chip, with one edit: (part of a file's name, pattern, replacement)."""
-    with zipfile.ZipFile(DATA / f"nested_{name}.zip") as archive:
+    """Stored dumps with one edit: (part of a file's name, pattern, replacement)."""
+    with zipfile.ZipFile(DATA / f"{name}.zip") as archive:
         archive.extractall(folder)
     if edit is not None:
         part, pattern, replacement = edit
@@ -31,16 +33,18 @@ def unpack(name, folder, edit=None):
 
 @pytest.fixture
 def parse(tmp_path):
-    def parse(name, edit=None, kernel="nested.1"):
+    def parse(name, edit=None, kernel=None):
+        stem, _, target = name.rpartition("_")
         unpack(name, tmp_path, edit)
-        (found,) = listing.parse_directory(tmp_path, [kernel], chip(name))
+        kernels = [kernel or f"{stem}.1"]
+        (found,) = listing.parse_directory(tmp_path, kernels, chip(target))
         return found
 
     return parse
 
 
 def test_v5e_loops_by_hand(parse):
-    kernel = parse("v5e")
+    kernel = parse("nested_v5e")
     assert kernel.bundles == 214  # 0x0 to 0xd5
     assert [(x.path, x.depth, x.start, x.end) for x in kernel.loops] == [
         ("0", 1, 0x0A, 0xCF),
@@ -61,7 +65,7 @@ def test_v5e_loops_by_hand(parse):
 
 
 def test_v5e_operations_by_hand(parse):
-    kernel = parse("v5e")
+    kernel = parse("nested_v5e")
     assert kernel.loop("0/0/0").ops.matmuls == 8
     assert kernel.loop("0/0/0").ops.matpushes == 32
     assert kernel.loop("0/0/0").ops.eup == 16
@@ -82,7 +86,7 @@ def test_v5e_operations_by_hand(parse):
 
 
 def test_v5e_buffers_by_hand(parse):
-    kernel = parse("v5e")
+    kernel = parse("nested_v5e")
     assert [b.size for b in kernel.buffers if b.space == "vmem"] == [
         36864,  # the compiler's own scratch
         65536,
@@ -95,7 +99,7 @@ def test_v5e_buffers_by_hand(parse):
 
 
 def test_tpu7x_unfolds_delay_slots(parse):
-    kernel = parse("tpu7x")
+    kernel = parse("nested_tpu7x")
     assert [(x.path, x.depth) for x in kernel.loops] == [
         ("0", 1),
         ("0/0", 2),
@@ -113,18 +117,42 @@ def test_tpu7x_unfolds_delay_slots(parse):
 
 
 def test_conditional_in_a_conditional(parse):
-    regions = {region.start: region for region in parse("tpu7x").loop("0").regions}
+    regions = {region.start: region for region in parse("nested_tpu7x").loop("0").regions}
     assert regions[0x15].guards == ("!%p1144_p9",)
     assert regions[0x1C].guards == ("!%p1144_p9", "%p36_p8")
     assert regions[0x29].guards == ()
 
 
+def test_empty_bundles_that_are_no_folded_tail(parse):
+    regions = {region.start: region for region in parse("branches_tpu7x").loop("0").regions}
+    # The branch at 0x26 has six slots, the one at 0x2a empty; 0x2d is empty but comes after them.
+    assert (regions[0x11].end, regions[0x11].bundles) == (0x2D, 28)
+    assert (regions[0x2D].end, regions[0x2D].bundles) == (0x46, 25)
+    # The branch at 0x6f: two lines for six slots. The one at 0x72: five lines for six.
+    assert (regions[0x68].end, regions[0x68].bundles) == (0x72, 8 + 6)
+    assert (regions[0x72].end, regions[0x72].bundles) == (0x78, 1 + 6)
+
+
+def test_tail_is_where_the_next_region_begins(parse):
+    # The branch at 0x33 folds its slots into 0x34; a loop begins after it. Empty 0x36, in reach.
+    empty = (SCHEDULE, r"^  0x36   : .*$", "  0x36   :  {}")
+    kernel = parse("nested_tpu7x", empty)
+    (region,) = [x for x in kernel.loop("0").regions if x.start == 0x33]
+    assert (region.end, region.bundles) == (0x35, 1 + 6)
+
+
+def test_guards_of_alternatives(parse):
+    guards = {region.start: region.guards for region in parse("branches_tpu7x").loop("0").regions}
+    assert guards[0x2D] == ("!%p900_p5",)  # n > 5
+    assert guards[0x4D] == ("!%p50_p4",)  # else
+    assert guards[0x78] == ("!%p906_p9", "!%p908_p11")  # not case 0, case 2
+    assert guards[0xFC] == ("!%p909_p12", "!%p911_p13")  # when in when
+    assert guards[0x12C] == ()
+
+
 def test_unknown_loop(parse):
     with pytest.raises(KeyError, match="no loop '1'"):
-        parse("v5e").loop("1")
-
-
-SCHEDULE, SLOTS, BUFFERS = "02-final_bundles", "01-final_hlo", "00-pre-finalize"
+        parse("nested_v5e").loop("1")
 
 
 @pytest.mark.parametrize(
@@ -152,9 +180,9 @@ SCHEDULE, SLOTS, BUFFERS = "02-final_bundles", "01-final_hlo", "00-pre-finalize"
 )
 def test_unknown_grammar_is_an_error(parse, edit, message):
     with pytest.raises(ListingError, match=message):
-        parse("v5e", edit)
+        parse("nested_v5e", edit)
 
 
 def test_missing_dump(parse):
     with pytest.raises(ListingError, match="no dump final_bundles of other"):
-        parse("v5e", kernel="other")
+        parse("nested_v5e", kernel="other")
