@@ -45,6 +45,22 @@ def figures(report: aot.StaticReport) -> dict[str, Any]:
     }
 
 
+def longest_pass(loop: listing.Loop) -> int:
+    """Bundles of a pass through the longest branch of a loop, without the loops inside it.
+
+    That is the code that always runs, the longest conditional region, what runs whenever that one
+    does, and every conditional region that starts or awaits a transfer.
+    """
+    longest = max(loop.regions, key=lambda region: bool(region.guards) * region.bundles)
+    return sum(
+        region.bundles
+        for region in loop.regions
+        if set(region.guards) <= set(longest.guards)
+        or region.ops.dma_starts
+        or region.ops.dma_waits
+    )
+
+
 def details(report: aot.StaticReport) -> str:
     """Tables of buffers and loops of every kernel, and what XLA runs beside them."""
     parts = []
