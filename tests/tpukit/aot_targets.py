@@ -181,6 +181,9 @@ def ring(chip):
 
     def body(x_hbm, o_hbm, sent, received):
         device = lax.rem(lax.axis_index("x") + 1, lax.axis_size("x"))
+        barrier = pltpu.get_barrier_semaphore()
+        pl.semaphore_signal(barrier, 1, device_id=(device,))
+        pl.semaphore_wait(barrier, 1)
         copy = pltpu.make_async_remote_copy(x_hbm, o_hbm, sent, received, device_id=(device,))
         copy.start()
         copy.wait()
@@ -194,6 +197,7 @@ def ring(chip):
             in_specs=[hbm],
             out_specs=hbm,
             scratch_shapes=[pltpu.SemaphoreType.DMA] * 2,
+            compiler_params=pltpu.CompilerParams(collective_id=0),
         )(x.T)
 
     def fn(x):

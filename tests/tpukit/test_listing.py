@@ -141,6 +141,13 @@ def test_tail_is_where_the_next_region_begins(parse):
     assert (region.end, region.bundles) == (0x35, 1 + 6)
 
 
+def test_tail_is_the_last_empty_bundle(parse):
+    # The branch at 0x72 folds its last slots into 0x77. Empty 0x75 as well.
+    empty = (SCHEDULE, r"^  0x75   : .*$", "  0x75   :  {}")
+    regions = {x.start: x for x in parse("branches_tpu7x", empty).loop("0").regions}
+    assert (regions[0x72].end, regions[0x72].bundles) == (0x78, 1 + 6)
+
+
 def test_guards_of_alternatives(parse):
     guards = {region.start: region.guards for region in parse("branches_tpu7x").loop("0").regions}
     assert guards[0x2D] == ("!%p900_p5",)  # n > 5
