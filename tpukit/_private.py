@@ -1,0 +1,49 @@
+"""Every private JAX API that this library touches, in one place, with a test of what it relies on.
+
+All of it belongs to the TPU interpreter, which offers no public way to watch a run.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax._src.pallas.mosaic.interpret import shared_memory
+from jax._src import source_info_util
+
+__all__ = ["interpreter", "self_test", "shared_memory", "where"]
+
+_EXPECTED = (
+    (interpreter, "DMA", None),
+    (interpreter, "DmaState", None),
+    (interpreter, "_clear_shared_memory", ()),
+    (interpreter, "_update_clocks_for_global_barrier", ()),
+    (interpreter, "reset_tpu_interpret_mode_state", ()),
+    (shared_memory.Semaphore, "wait", ("self", "value", "global_core_id")),
+    (shared_memory.Semaphore, "read", ("self", "global_core_id")),
+    (shared_memory.Semaphore, "signal", ("self", "inc", "global_core_id", "clock")),
+    (shared_memory.SharedMemory, "set_failed", ("self", "exception")),
+    (shared_memory.SharedMemory, "get_sempahores_with_nonzero_count", ("self", "device_id")),
+)
+
+
+def self_test() -> list[str]:
+    """Says what has moved since the JAX this was written for; empty where nothing has."""
+    moved = []
+    for owner, name, parameters in _EXPECTED:
+        found = getattr(owner, name, None)
+        label = f"{owner.__name__}.{name}"
+        if found is None:
+            moved.append(f"{label} is gone")
+        elif parameters is not None:
+            names = tuple(inspect.signature(found).parameters)[: len(parameters)]
+            if names != parameters:
+                moved.append(f"{label} takes {names}, expected {parameters}")
+    return moved
+
+
+def where(source_info: object) -> str:
+    """The user's source line of an operation, "" where it is not known."""
+    if not isinstance(source_info, source_info_util.SourceInfo):
+        return ""
+    return source_info_util.summarize(source_info)
