@@ -189,7 +189,7 @@ def compile_for(
     devices = _devices(entry.name, topology or entry.topology)
     mesh = _mesh(devices, mesh_axes)
     shaped = _with_shardings(args, mesh, devices, mesh_axes, in_specs)
-    static = dict(static or {})
+    static = static or {}
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn, static_argnames=tuple(static))
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
