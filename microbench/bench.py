@@ -12,12 +12,12 @@ from typing import Any
 import jax
 
 from microbench import cases, environment, static
-from microbench.case import Case, Suite
+from microbench.case import Case, Check, Suite
 from microbench.cli import Options, UsageError
 from microbench.record import Log, record
 from microbench.table import table
 from microbench.timing import time_calls
-from tpukit import chips, errors
+from tpukit import chips, errors, interpret
 
 
 class Exit(enum.IntEnum):
@@ -138,13 +138,17 @@ class Bench:
         except errors.UnsupportedError as error:
             self.statuses.append(Exit.UNSUPPORTED)
             return [{"case": case.name, "check": str(error), "error": None, "limit": None}]
+        except interpret.InterpretError as error:
+            checks = [Check(f"runs: {type(error).__name__}", float("inf"), 0.0, note=str(error))]
+            print(f"\n{case.name}: {error}")
         if not all(check.ok for check in checks):
             self.statuses.append(Exit.MISMATCH)
         rows = []
         for check in checks:
             values = dataclasses.asdict(check) | {"ok": check.ok}
             self._record("check", case, "checked", values, seed=self.options.seed)
-            name = f"{check.name}: {check.note}" if check.note and not check.ok else check.name
+            note = check.note.split("\n")[0] if not check.ok else ""
+            name = f"{check.name}: {note}" if note else check.name
             rows.append({"case": case.name, "check": name, **values})
         return rows
 

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from microbench.case import Case, Check, Cost
+from tpukit import interpret
 from tpukit.errors import UnsupportedError
 
 CASES = (
@@ -65,6 +66,8 @@ def check(case: Case, seed: int) -> list[Check]:
             return [Check("output", float("nan"), 0.1)]
         case "unsupported":
             raise UnsupportedError(where="fake", what="rows", place="this chip", why="it is a test")
+        case "deadlock":
+            raise interpret.Deadlock("nobody signals\nsemaphore 3 needs 1, has 0")
         case "interrupt" if case.name == "model/other":
             raise KeyboardInterrupt
     return [Check("output", 0.01, 0.1)]

@@ -137,6 +137,15 @@ def test_a_red_check_says_what_is_wrong_and_leaves_other_cases_alone(microbench,
     assert "model/other" in timed and "model/right" not in timed
 
 
+def test_a_kernel_that_cannot_finish_is_a_red_check(microbench, tmp_path):
+    path = tmp_path / "out.jsonl"
+    words = ["--case", "right", "--set", "fault=deadlock", "--json", str(path)]
+    status, out, _ = microbench("run", *words)
+    assert status == 1
+    assert "semaphore 3 needs 1, has 0" in out and "Deadlock: nobody signals" in out
+    assert "time:" not in out and read(path)[0]["values"]["ok"] is False
+
+
 def test_unsupported_has_its_own_status(microbench):
     status, out, _ = microbench("run", "--set", "fault=unsupported")
     assert status == 2
