@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 
+from jax._src import source_info_util
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic.interpret import shared_memory
-from jax._src import source_info_util
 
 __all__ = ["interpreter", "self_test", "shared_memory", "where"]
 
@@ -20,8 +20,6 @@ _EXPECTED = (
     (interpreter, "_update_clocks_for_global_barrier", ()),
     (interpreter, "reset_tpu_interpret_mode_state", ()),
     (shared_memory.Semaphore, "wait", ("self", "value", "global_core_id")),
-    (shared_memory.Semaphore, "read", ("self", "global_core_id")),
-    (shared_memory.Semaphore, "signal", ("self", "inc", "global_core_id", "clock")),
     (shared_memory.SharedMemory, "set_failed", ("self", "exception")),
     (shared_memory.SharedMemory, "get_sempahores_with_nonzero_count", ("self", "device_id")),
 )

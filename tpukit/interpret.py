@@ -9,8 +9,8 @@ races and accesses out of bounds:
         out = jax.jit(kernel)(x)
 
 Not seen: reads of unwritten memory (they give NaN: see `assert_initialised`; integers give their
-largest value), layouts and memory sizes (compile the kernel for that), and cores that pass the time
-in a loop without waiting or reading a semaphore.
+largest value), layouts and memory sizes (compile the kernel for that), and endless loops. The
+interpreter refuses `semaphore_read`, so a kernel cannot wait in a loop of its own.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from tpukit import _private
-
-SPINS = 5000  # reads of a semaphore by one core, with no signal anywhere, that count as a livelock
 
 
 class InterpretError(RuntimeError):
@@ -108,6 +106,14 @@ class Findings:
     failure: BaseException | None = None
     problems: list[InterpretError] = dataclasses.field(default_factory=list)
 
+    def verdict(self) -> InterpretError:
+        """The first of what was found, the rest in its notes."""
+        failure = [] if self.failure is None else [_typed(self.failure)]
+        first, *others = self.problems + failure
+        for other in others:
+            first.add_note(f"{type(other).__name__}: {other}")
+        return first
+
 
 @dataclasses.dataclass(frozen=True)
 class _Wait:
@@ -119,7 +125,10 @@ class _Wait:
     @property
     def hopeless(self) -> bool:
         """Nothing under way can end this wait."""
-        return self.semaphore.count_by_core[self.core] < self.needs and not self.semaphore.tasks[self.core]
+        return (
+            self.semaphore.count_by_core[self.core] < self.needs
+            and not self.semaphore.tasks[self.core]
+        )
 
 
 class _Watch:
@@ -131,7 +140,6 @@ class _Watch:
         self.lock = threading.Lock()
         self.memory: Any = None
         self.waits: dict[int, _Wait] = {}
-        self.spins: dict[int, int] = {}
         self.dmas: list[Any] = []
         self.synchronised = False  # all devices have passed the barrier before the kernel
         self.stalled: tuple[float, tuple[Any, ...]] | None = None
@@ -142,7 +150,7 @@ class _Watch:
         """The replacements, to be entered."""
         semaphore, memory = _private.shared_memory.Semaphore, _private.shared_memory.SharedMemory
         interpreter = _private.interpreter
-        wait, read, signal, failed = semaphore.wait, semaphore.read, semaphore.signal, memory.set_failed
+        wait, failed = semaphore.wait, memory.set_failed
         clear, barrier, dma = (
             interpreter._clear_shared_memory,
             interpreter._update_clocks_for_global_barrier,
@@ -153,14 +161,6 @@ class _Watch:
             info = getattr(options.get("logging_info"), "source_info", None)
             with self.waiting(_Wait(this, int(core), int(value), _private.where(info))):
                 wait(this, value, core, **options)
-
-        def watched_read(this: Any, core: Any) -> Any:
-            self.spin(int(core), this)
-            return read(this, core)
-
-        def watched_signal(this: Any, *args: Any, **options: Any) -> None:
-            self.spins.clear()
-            signal(this, *args, **options)
 
         def watched_failure(this: Any, exception: Exception, *args: Any, **options: Any) -> None:
             with self.lock:
@@ -181,8 +181,6 @@ class _Watch:
                 self.start(this)
 
         yield mock.patch.object(semaphore, "wait", watched_wait)
-        yield mock.patch.object(semaphore, "read", watched_read)
-        yield mock.patch.object(semaphore, "signal", watched_signal)
         yield mock.patch.object(memory, "set_failed", watched_failure)
         yield mock.patch.object(memory, "get_sempahores_with_nonzero_count", lambda *_: [])
         yield mock.patch.object(interpreter, "_clear_shared_memory", watched_clear)
@@ -200,14 +198,6 @@ class _Watch:
         finally:
             with self.lock:
                 self.waits.pop(wait.core, None)
-
-    def spin(self, core: int, semaphore: Any) -> None:
-        """A core has read a semaphore."""
-        self.spins[core] = self.spins.get(core, 0) + 1
-        if self.spins[core] > SPINS:
-            raise Deadlock(
-                f"core {core} read semaphore {semaphore.id} {SPINS} times while nothing signalled any"
-            )
 
     def start(self, dma: Any) -> None:
         """A DMA has been started."""
@@ -235,10 +225,13 @@ class _Watch:
             for dma in self.dmas:
                 if dma.state is not _private.interpreter.DmaState.COMPLETED:
                     self.report(UnawaitedDma(f"{_describe(dma)} was never awaited"))
-            for kind, table in (("semaphore", memory.sem), ("barrier semaphore", memory.fixed_id_sem)):
+            for kind, table in (
+                ("semaphore", memory.sem),
+                ("barrier semaphore", memory.fixed_id_sem),
+            ):
                 for semaphore in table.values():
                     self.check_zero(kind, semaphore)
-        self.dmas, self.waits, self.spins = [], {}, {}
+        self.dmas, self.waits = [], {}
         self.synchronised, self.memory = False, None
 
     def check_zero(self, kind: str, semaphore: Any) -> None:
@@ -247,9 +240,8 @@ class _Watch:
         for core in np.flatnonzero(semaphore.count_by_core):
             count = int(semaphore.count_by_core[core])
             cause = f"; {_describe(users[-1])} signals it" if users else ""
-            self.report(
-                LeftoverSemaphore(f"{kind} {semaphore.id} of core {core} ends at {count}, not 0{cause}")
-            )
+            what = f"{kind} {semaphore.id} of core {core} ends at {count}, not 0"
+            self.report(LeftoverSemaphore(what + cause))
 
     # The monitor.
 
@@ -283,9 +275,8 @@ def _at(source_info: Any) -> str:
 
 
 def _describe(dma: Any) -> str:
-    return (
-        f"the DMA from device {dma.src_device_id} to device {dma.dst_device_id}{_at(dma.source_info)}"
-    )
+    devices = f"device {dma.src_device_id} to device {dma.dst_device_id}"
+    return f"the DMA from {devices}{_at(dma.source_info)}"
 
 
 def _table(memory: Any, waits: tuple[tuple[int, _Wait], ...]) -> str:
@@ -297,8 +288,9 @@ def _table(memory: Any, waits: tuple[tuple[int, _Wait], ...]) -> str:
         has = int(wait.semaphore.count_by_core[core])
         rows.append((str(device), str(local), name, str(wait.needs), str(has), wait.where))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "every core waits and nothing will signal:\n" + "\n".join(lines)
+    lines = (zip(row, widths, strict=True) for row in rows)
+    text = "\n".join("  ".join(cell.ljust(w) for cell, w in line).rstrip() for line in lines)
+    return f"every core waits and nothing will signal:\n{text}"
 
 
 def _typed(failure: BaseException) -> InterpretError:
@@ -334,14 +326,13 @@ def strict(
       InterpretError: one of its subclasses, for the first thing that went wrong; where several
         things were left over at the end of a kernel, the others are in its notes.
     """
-    moved = _private.self_test()
-    if moved:
-        raise RuntimeError(f"this JAX's interpreter cannot be watched: {'; '.join(moved)}")
     if not _open.acquire(blocking=False):
         raise RuntimeError("interpret.strict does not nest")
-    watch, closing = _Watch(deadlock_after), threading.Event()
-    monitor = threading.Thread(target=watch.monitor, args=(closing,), daemon=True)
     try:
+        if moved := _private.self_test():
+            raise RuntimeError(f"this JAX's interpreter cannot be watched: {'; '.join(moved)}")
+        watch, closing = _Watch(deadlock_after), threading.Event()
+        monitor = threading.Thread(target=watch.monitor, args=(closing,), daemon=True)
         with contextlib.ExitStack() as stack:
             for patch in watch.patches():
                 stack.enter_context(patch)
@@ -353,19 +344,14 @@ def strict(
             except Exception as error:
                 if watch.findings.failure is None:
                     raise
-                raise _typed(watch.findings.failure) from error
+                raise watch.findings.verdict() from error
             finally:
                 closing.set()
                 monitor.join()
                 if watch.findings.failure is not None:
                     reset()
-        if watch.findings.failure is not None:
-            raise _typed(watch.findings.failure)
-        if watch.findings.problems:
-            first, *others = watch.findings.problems
-            for other in others:
-                first.add_note(f"{type(other).__name__}: {other}")
-            raise first
+        if watch.findings.failure is not None or watch.findings.problems:
+            raise watch.findings.verdict()
     finally:
         _open.release()
 
