@@ -44,7 +44,9 @@ class Scored(NamedTuple):
     carried: jax.Array  # [W, value_dim] f32
 
 
-def matmul(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+def matmul(
+    a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]
+) -> jax.Array:
     """f32 product; f32 operands keep f32 precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(

@@ -19,9 +19,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gla import chunk
-from gla.plan import Plan, Problem
+from gla.plan import Plan, Problem, vmem_allowed
 from gla.recurrent import Staged, decode_token, stage, unstage
-from gla.schedule import CHUNK, FIRST, FRESH, LAST, NULL, ROWS, RUN, SKIP, Batch, Schedule, group_start, in_group, list_items
+from gla.schedule import (
+    CHUNK,
+    FIRST,
+    FRESH,
+    LAST,
+    NULL,
+    ROWS,
+    RUN,
+    SKIP,
+    Batch,
+    Schedule,
+    group_start,
+    in_group,
+    list_items,
+)
 from gla.tables import ConstantTables, TokenTables, iota
 from tpukit.buffers import Index, Stream
 
@@ -57,7 +71,7 @@ class Scratch(NamedTuple):
     store_sems: Ref  # [S]
 
     @staticmethod
-    def shapes(problem: Problem, plan: Plan) -> "Scratch":
+    def shapes(problem: Problem, plan: Plan) -> Scratch:
         """Shapes of the fields."""
         qk = (plan.window, plan.heads // problem.group * problem.key_dim)
         vo = (plan.window, plan.heads * problem.value_dim)
@@ -191,7 +205,11 @@ class Walk:
 
         def copies(request: Index, slot: jax.Array) -> list[Any]:
             source = self.state(self.schedule.load[request])
-            return [pltpu.make_async_copy(source, self.vmem.states.at[slot], self.vmem.load_sems.at[slot])]
+            return [
+                pltpu.make_async_copy(
+                    source, self.vmem.states.at[slot], self.vmem.load_sems.at[slot]
+                )
+            ]
 
         def exists(request: Index) -> jax.Array:
             inside = request < self.num_requests
@@ -205,7 +223,11 @@ class Walk:
 
         def copies(request: Index, slot: jax.Array) -> list[Any]:
             target = self.state(self.schedule.store[request])
-            return [pltpu.make_async_copy(self.vmem.states.at[slot], target, self.vmem.store_sems.at[slot])]
+            return [
+                pltpu.make_async_copy(
+                    self.vmem.states.at[slot], target, self.vmem.store_sems.at[slot]
+                )
+            ]
 
         def exists(request: Index) -> jax.Array:
             inside = (request >= 0) & (request < self.num_requests)
@@ -236,7 +258,9 @@ class Walk:
 
         lax.fori_loop(0, self.num_items, step, None)
         repeat(2, lambda i: self.outputs.wait(self.num_items - 2 + i))
-        repeat(self.plan.states, lambda i: self.stores.wait(self.num_requests - self.plan.states + i))
+        repeat(
+            self.plan.states, lambda i: self.stores.wait(self.num_requests - self.plan.states + i)
+        )
 
     def compute(self, item: jax.Array) -> None:
         """Fills the item's rows of its output window."""
@@ -286,7 +310,9 @@ class Walk:
 
             @pl.when(null)
             def _() -> None:
-                staged.o[:, pl.ds(row, 1)] = jnp.zeros((staged.o.shape[0], 1, staged.o.shape[2]), jnp.float32)
+                staged.o[:, pl.ds(row, 1)] = jnp.zeros(
+                    (staged.o.shape[0], 1, staged.o.shape[2]), jnp.float32
+                )
 
             @pl.when(~null)
             def _() -> None:
@@ -471,7 +497,7 @@ def gla_kernel(
         ],
         input_output_aliases={scalars + 4: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=60 << 20
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_allowed(problem, plan)
         ),
         interpret=interpret,
     )(*batch, *operands)

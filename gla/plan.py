@@ -1,12 +1,24 @@
-"""The static problem, the block sizes, and the VMEM they take."""
+"""The static problem, the block sizes, and the memory they take."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
-from gla.schedule import Limits
+from gla.schedule import ROWS, Limits
+from tpukit import tuning
+from tpukit.chips import Chip
+from tpukit.errors import ArgumentError, UnsupportedError
+
+DIMS = (64, 128, 256)
+DTYPES = (jnp.bfloat16, jnp.float32)
+MAX_SCALARS = 3 * 2**16  # 32-bit words of SMEM for the schedule, of the 2**18 that every chip has
+LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Problem:
     per_token: bool
     batch_invariant: bool
 
-    def limits(self, plan: "Plan") -> Limits:
+    def limits(self, plan: Plan) -> Limits:
         """What the schedule depends on."""
         return Limits(self.num_tokens, self.num_slots, plan.window, self.batch_invariant)
 
@@ -52,17 +64,17 @@ class Plan:
     """Block sizes of the kernel.
 
     Attributes:
-      window: most rows that are computed at once.
       heads: value heads of one grid step, unrolled in the kernel's body.
       interleave: heads whose stages are interleaved to keep the matrix units fed.
+      window: most rows that are computed at once.
       inputs: buffers of q, k, v windows, a power of two; all but one are being fetched ahead.
       states: buffers of states, a power of two.
       lookahead: states fetched ahead; the other buffers but one are being written back.
     """
 
-    window: int = 128
-    heads: int = 16
+    heads: int
     interleave: int = 4
+    window: int = 128
     inputs: int = 4
     states: int = 8
     lookahead: int = 4
@@ -74,3 +86,196 @@ class Plan:
         while sizes[0] > 32:
             sizes.insert(0, sizes[0] // 2)
         return tuple(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which plan a call gets, and why.
+
+    Attributes:
+      plan: the block sizes.
+      source: "argument", or an "exact" or "nearest" entry of the table, or the cost "model".
+      why: a sentence about that choice.
+      vmem_bytes: what the plan's buffers take.
+      vmem_limit: what the chip has.
+    """
+
+    plan: Plan
+    source: str
+    why: str
+    vmem_bytes: int
+    vmem_limit: int
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.plan).items())
+        share = f"{self.vmem_bytes / 2**20:.1f} of {self.vmem_limit / 2**20:.0f} MiB VMEM"
+        return f"{sizes} ({self.source}: {self.why}; {share})"
+
+
+def padded(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of an array in VMEM, whose last two dimensions are padded to whole tiles."""
+    *major, rows, lanes = shape
+    size = jnp.dtype(dtype).itemsize
+    tile = 8 * 4 // size
+    return math.prod(major) * -(-rows // tile) * tile * -(-lanes // LANES) * LANES * size
+
+
+def vmem_bytes(problem: Problem, plan: Plan) -> int:
+    """Bytes of VMEM that the kernel's buffers take."""
+    h, w = plan.heads, plan.window
+    qk = h // problem.group * problem.key_dim
+    vo = h * problem.value_dim
+    state = (problem.key_dim, problem.value_dim)
+    total = plan.inputs * (2 * padded((w, qk), problem.dtype) + padded((w, vo), problem.dtype))
+    total += 2 * padded((w, vo), problem.dtype)
+    total += plan.states * padded((h, *state), problem.state_dtype)
+    if problem.state_dtype != jnp.float32:
+        total += padded((h, *state), jnp.float32)
+    total += padded((h // problem.group, problem.key_dim, LANES), jnp.float32)
+    total += padded((h, ROWS, problem.value_dim), jnp.float32)
+    if problem.per_token:
+        return total + (plan.inputs + 1) * padded((w, h), jnp.float32) + padded((h, w), jnp.float32)
+    return (
+        total + padded((h, w, w), jnp.float32) + padded((h, 3 * w + 2 * ROWS, LANES), jnp.float32)
+    )
+
+
+def vmem_allowed(problem: Problem, plan: Plan) -> int:
+    """Bytes of VMEM to ask the compiler for: the buffers, and room for values that are spilled."""
+    return vmem_bytes(problem, plan) * 9 // 8 + 4 * 2**20
+
+
+def scalars(problem: Problem, plan: Plan) -> int:
+    """32-bit words of SMEM that the schedule and the description of the batch take."""
+    limits = problem.limits(plan)
+    items = limits.num_tokens // limits.chunk + 2 * problem.num_requests + 5
+    return 4 * items + 5 * (problem.num_requests + 4) + problem.num_slots + problem.heads
+
+
+def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
+    """Checks that a plan is legal for a problem.
+
+    Raises:
+      ArgumentError: a field does not suit the problem.
+      UnsupportedError: it needs more memory than the chip has.
+    """
+
+    def refuse(field: str, expected: str) -> None:
+        got = f"is {getattr(plan, field)}"
+        raise ArgumentError(where="gla", argument=f"plan.{field}", got=got, expected=expected)
+
+    lanes = (plan.heads // problem.group * problem.key_dim, plan.heads * problem.value_dim)
+    if plan.heads < 1 or problem.heads % plan.heads or plan.heads % problem.group:
+        refuse("heads", f"a divisor of {problem.heads} and a multiple of {problem.group}")
+    if plan.heads != problem.heads and any(width % LANES for width in lanes):
+        refuse("heads", f"all heads, or a number whose widths {lanes} are multiples of {LANES}")
+    if plan.interleave < 1 or plan.heads % plan.interleave:
+        refuse("interleave", f"a divisor of plan.heads = {plan.heads}")
+    if plan.window not in (32, 64, 128, 256):
+        refuse("window", "32, 64, 128 or 256")
+    for field in ("inputs", "states"):
+        value = getattr(plan, field)
+        if value < 2 or value & (value - 1):
+            refuse(field, "a power of two, at least 2")
+    if not 1 <= plan.lookahead < plan.states:
+        refuse("lookahead", f"1 to {plan.states - 1}, below plan.states")
+    needed = vmem_allowed(problem, plan)
+    if needed > chip.vmem_bytes:
+        raise UnsupportedError(
+            where="gla",
+            what=f"plan {plan} with {needed / 2**20:.1f} MiB of VMEM",
+            place=chip.name,
+            why=f"a core has {chip.vmem_bytes / 2**20:.0f} MiB",
+            advice="Use fewer heads, states or inputs per step.",
+        )
+
+
+def fits(problem: Problem, plan: Plan, chip: Chip) -> bool:
+    """Whether `check_plan` accepts the plan."""
+    try:
+        check_plan(problem, plan, chip)
+    except (ArgumentError, UnsupportedError):
+        return False
+    return True
+
+
+def model(problem: Problem, chip: Chip) -> Plan:
+    """The cost model: the most heads per grid step that fit, for long DMAs and few passes.
+
+    Raises:
+      UnsupportedError: nothing fits.
+    """
+    # f32 products take six passes of the matrix unit, and as much more code.
+    window = 64 if problem.dtype == jnp.float32 else 128
+    for heads in range(min(problem.heads, max(16, problem.group)), 0, -1):
+        interleave = math.gcd(heads, 2 if problem.dtype == jnp.float32 else 4)
+        for states, lookahead in ((8, 4), (4, 2)):
+            plan = Plan(heads, interleave, window, 4, states, lookahead)
+            if fits(problem, plan, chip):
+                return plan
+    raise UnsupportedError(
+        where="gla",
+        what=f"{problem}",
+        place=chip.name,
+        why="no number of heads per step both divides the lanes and fits VMEM",
+        advice="Shard the heads, or use implementation='reference'.",
+    )
+
+
+SCHEMA = tuning.Schema(
+    kernel="gla",
+    exact={
+        "dtype": str,
+        "state_dtype": str,
+        "key_dim": int,
+        "value_dim": int,
+        "group": int,
+        "per_token": bool,
+    },
+    bucketed=("heads",),
+    plan=dict.fromkeys((field.name for field in dataclasses.fields(Plan)), int),
+)
+
+
+@functools.cache
+def table() -> tuning.Table:
+    """The tuned block sizes."""
+    return tuning.load(Path(__file__).parent / "tuned.json", SCHEMA)
+
+
+def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanation:
+    """The plan of a call: the caller's, else the table's, else the cost model's.
+
+    Raises:
+      ArgumentError, UnsupportedError: the caller's plan is not legal, or none is.
+    """
+    words = scalars(problem, plan or Plan(problem.heads))
+    if words > MAX_SCALARS:
+        raise UnsupportedError(
+            where="gla",
+            what=f"a pool of {problem.num_slots} slots with {problem.num_requests} requests",
+            place=chip.name,
+            why=f"its schedule takes {words} scalars, and {MAX_SCALARS} fit",
+            advice="Use a smaller pool, or split the batch.",
+        )
+    if plan is not None:
+        check_plan(problem, plan, chip)
+        source, why = "argument", "the caller's"
+    else:
+        key = {
+            "dtype": jnp.dtype(problem.dtype).name,
+            "state_dtype": jnp.dtype(problem.state_dtype).name,
+            "key_dim": problem.key_dim,
+            "value_dim": problem.value_dim,
+            "group": problem.group,
+            "per_token": problem.per_token,
+            "heads": problem.heads,
+        }
+        found = table().resolve(
+            chip.name,
+            key,
+            valid=lambda fields: fits(problem, Plan(**fields), chip),
+            model=lambda: dataclasses.asdict(model(problem, chip)),
+        )
+        plan, source, why = Plan(**found.value), found.source, found.why
+    return Explanation(plan, source, why, vmem_bytes(problem, plan), chip.vmem_bytes)

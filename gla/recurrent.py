@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from gla.chunk import TN, matmul
 from gla.plan import Plan, Problem
 from gla.schedule import ROWS
+from gla.tables import LANES, iota, spread
 
 Ref = Any
-LANES = 128
 
 
 class Staged(NamedTuple):
@@ -30,7 +29,7 @@ class Staged(NamedTuple):
     o: Ref  # [h, ROWS, value_dim] f32
 
     @staticmethod
-    def shapes(problem: Problem, plan: Plan) -> "Staged":
+    def shapes(problem: Problem, plan: Plan) -> Staged:
         """Shapes of the fields."""
         columns = (plan.heads // problem.group, problem.key_dim, LANES)
         outputs = (plan.heads, ROWS, problem.value_dim)
@@ -53,12 +52,12 @@ def pick(columns: jax.Array, lane: jax.Array, width: int) -> jax.Array:
     """[key_dim, width] copies of column `lane` of [key_dim, LANES]."""
     index = jnp.full(columns.shape, lane, jnp.int32)
     column = jnp.take_along_axis(columns, index, axis=1, mode="promise_in_bounds")
-    return jnp.concatenate([column] * -(-width // LANES), axis=1)[:, :width]
+    return spread(column, width)
 
 
 def only(x: jax.Array, row: jax.Array) -> jax.Array:
-    """x [ROWS, n] with all rows but one zeroed, whatever they hold."""
-    keep = lax.broadcasted_iota(jnp.int32, x.shape, 0) == row
+    """X [ROWS, n] with all rows but one zeroed, whatever they hold."""
+    keep = iota(x.shape, 0) == row
     return jnp.where(keep, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
 

@@ -74,11 +74,22 @@ class Schedule(NamedTuple):
     owner: Ref
 
     @staticmethod
-    def shapes(limits: "Limits", num_requests: int) -> "Schedule":
+    def shapes(limits: Limits, num_requests: int) -> Schedule:
         """SMEM shapes of the fields, for any lengths; one place is spare for writes that do not count."""
-        requests = num_requests + 2  # rows before the first and after the last request count as one each
+        requests = (
+            num_requests + 2
+        )  # rows before the first and after the last request count as one each
         items = limits.num_tokens // limits.chunk + 2 * requests + 1
-        sizes = (2, items, items, items, items, requests + 1, requests + 1, max(limits.num_slots, 1))
+        sizes = (
+            2,
+            items,
+            items,
+            items,
+            items,
+            requests + 1,
+            requests + 1,
+            max(limits.num_slots, 1),
+        )
         return Schedule(*(pltpu.SMEM((size,), jnp.int32) for size in sizes))
 
 
@@ -121,7 +132,9 @@ def list_items(batch: Batch, schedule: Schedule, limits: Limits) -> None:
     at = segment(jnp.int32(limits.num_tokens), jnp.int32(-1), zero, at)
     schedule.counts[0], schedule.counts[1] = at.items, at.requests
 
-    def keep(r: jax.Array, _: None) -> None:  # of the requests that share a slot, the last one's state
+    def keep(
+        r: jax.Array, _: None
+    ) -> None:  # of the requests that share a slot, the last one's state
         slot = schedule.store[r]
         superseded = schedule.owner[jnp.maximum(slot, 0)] != r
         schedule.store[r] = jnp.where((slot >= 0) & superseded, -1, slot)

@@ -22,6 +22,12 @@ from gla.schedule import ROWS
 from reference.gla import clip_log_decay
 
 Ref = Any
+LANES = 128
+
+
+def spread(x: jax.Array, width: int) -> jax.Array:
+    """X [n, LANES], the same in all lanes, as [n, width]."""
+    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -36,12 +42,12 @@ def power(g: jax.Array, exponent: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class ConstantTables:
-    """Powers of each head's decay; W = plan.window, h = plan.heads, L lanes of the same value.
+    """Powers of each head's decay, the same in all lanes; W = plan.window, h = plan.heads.
 
     Attributes:
       within: [h, W, W] scale * e^(g (i - j)) for j <= i, else 0.
-      rising: [h, 2 ROWS + W, L] row ROWS + n holds scale * e^(g n) for n >= 0, else 0.
-      falling: [h, 2 W, L] row W - n holds e^(g n) for n >= 0, else 0.
+      rising: [h, 2 ROWS + W, LANES] row ROWS + n holds scale * e^(g n) for n >= 0, else 0.
+      falling: [h, 2 W, LANES] row W - n holds e^(g n) for n >= 0, else 0.
     """
 
     within: Ref
@@ -51,12 +57,11 @@ class ConstantTables:
     @staticmethod
     def shapes(problem: Problem, plan: Plan) -> list[Any]:
         """Shapes of the attributes."""
-        lanes = max(problem.key_dim, problem.value_dim)
         heads, window = plan.heads, plan.window
         return [
             pltpu.VMEM((heads, window, window), jnp.float32),
-            pltpu.VMEM((heads, 2 * ROWS + window, lanes), jnp.float32),
-            pltpu.VMEM((heads, 2 * window, lanes), jnp.float32),
+            pltpu.VMEM((heads, 2 * ROWS + window, LANES), jnp.float32),
+            pltpu.VMEM((heads, 2 * window, LANES), jnp.float32),
         ]
 
     def build(self, log_decay: Ref, block: jax.Array, scale: float) -> None:
@@ -72,28 +77,32 @@ class ConstantTables:
 
         lax.fori_loop(0, heads, fill, None)
 
-    def copies(self, log_decay: Ref, block: jax.Array, rows: Any, slot: jax.Array, sem: Ref) -> list[Any]:
+    def copies(
+        self, log_decay: Ref, block: jax.Array, rows: Any, slot: jax.Array, sem: Ref
+    ) -> list[Any]:
         """DMAs of an item: none."""
         return []
 
     def open(self, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> None:
         """Prepares an item: nothing to do."""
 
-    def chunk(self, h: int, begin: jax.Array, end: jax.Array, size: int, dims: tuple[int, int]) -> Decays:
+    def chunk(
+        self, h: int, begin: jax.Array, end: jax.Array, size: int, dims: tuple[int, int]
+    ) -> Decays:
         """Factors of head h over a window of `size` rows whose rows [begin, end) are the chunk."""
         window = self.within.shape[1]
         key_dim, value_dim = dims
         return Decays(
             within=self.within[h, :size, :size],
-            since=self.rising[h, pl.ds(ROWS + 1 - begin, size), :value_dim],
-            until=self.falling[h, pl.ds(window + 1 - end, size), :key_dim],
-            whole=self.falling[h, pl.ds(window - (end - begin), 1), :value_dim],
+            since=spread(self.rising[h, pl.ds(ROWS + 1 - begin, size)], value_dim),
+            until=spread(self.falling[h, pl.ds(window + 1 - end, size)], key_dim),
+            whole=spread(self.falling[h, pl.ds(window - (end - begin), 1)], value_dim),
         )
 
     def token(self, h: int, slot: jax.Array, row: jax.Array, width: int) -> jax.Array:
         """[1, width] decay of one token."""
         window = self.within.shape[1]
-        return self.falling[h, window - 1 : window, :width]
+        return spread(self.falling[h, window - 1 : window], width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +134,9 @@ class TokenTables:
     def build(self, log_decay: Ref, block: jax.Array, scale: float) -> None:
         """Prepares a grid step: nothing to do."""
 
-    def copies(self, log_decay: Ref, block: jax.Array, rows: Any, slot: jax.Array, sem: Ref) -> list[Any]:
+    def copies(
+        self, log_decay: Ref, block: jax.Array, rows: Any, slot: jax.Array, sem: Ref
+    ) -> list[Any]:
         """DMAs of an item. log_decay: [heads / h, T, h] f32 in HBM."""
         source = log_decay.at[block, rows]
         return [pltpu.make_async_copy(source, self.steps.at[slot, pl.ds(0, rows.size)], sem)]
@@ -142,12 +153,16 @@ class TokenTables:
         self.sums[:size] = total
         self.columns[:, :size] = total.T
 
-    def chunk(self, h: int, begin: jax.Array, end: jax.Array, size: int, dims: tuple[int, int]) -> Decays:
+    def chunk(
+        self, h: int, begin: jax.Array, end: jax.Array, size: int, dims: tuple[int, int]
+    ) -> Decays:
         """Factors of head h over a window of `size` rows whose rows [begin, end) are the chunk."""
         upto = self.sums[:size, h : h + 1]
         last = self.sums[size - 1 : size, h : h + 1]
         square = (size, size)
-        distance = jnp.where(iota(square, 0) >= iota(square, 1), upto - self.columns[h : h + 1, :size], -jnp.inf)
+        distance = jnp.where(
+            iota(square, 0) >= iota(square, 1), upto - self.columns[h : h + 1, :size], -jnp.inf
+        )
         return Decays(
             within=self.scale * jnp.exp(distance),
             since=self.scale * jnp.exp(upto),

@@ -1,0 +1,342 @@
+"""The public functions: check, plan, dispatch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from gla.kernel import gla_kernel
+from gla.plan import DIMS, DTYPES, Explanation, Plan, Problem, plan_for
+from gla.schedule import ROWS, Batch
+from reference import gla as reference
+from reference.gla import Decay, HeadDecay, TokenDecay
+from tpukit import checks
+from tpukit.chips import Chip, current_chip
+from tpukit.chips import chip as chip_named
+from tpukit.errors import ArgumentError, UnsupportedError
+
+Implementation = Literal["auto", "pallas", "interpret", "reference"]
+SUPPORTED_CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
+
+
+def gla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    state_pool: jax.Array,
+    slot_ids: jax.Array,
+    cu_seqlens: jax.Array,
+    has_state: jax.Array,
+    *,
+    decay: Decay,
+    scale: float | None = None,
+    batch_invariant: bool = False,
+    implementation: Implementation = "auto",
+    plan: Plan | None = None,
+    validate: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Gated linear attention over a ragged batch that mixes prefill and decode in any order.
+
+    Per head, with state S [key_dim, value_dim]: S_t = e^(g_t) S_{t-1} + k_t^T v_t and
+    o_t = scale * q_t S_t. One kernel; states are read and written in place in the pool (donate it).
+
+    Args:
+      q, k: [tokens, qk_heads, key_dim] bfloat16 or float32. A reshape of the flat projection
+        [tokens, qk_heads * key_dim] under the same jit costs nothing; an array that was laid out as
+        three dimensions is copied once.
+      v: [tokens, heads, value_dim] of the same dtype; heads is a multiple of qk_heads, and value
+        head h uses query/key head h * qk_heads // heads. Dims are 64, 128 or 256.
+      state_pool: [slots, heads, key_dim, value_dim] float32 or bfloat16.
+      slot_ids: [requests] int32 slot of each request. A slot outside [0, slots), such as -1, makes
+        the request null: its output is 0 and nothing is moved for it. Where requests share a slot,
+        all start from the state before the call and the last one's state is kept.
+      cu_seqlens: [requests + 1] int32 row bounds; request n owns rows [cu[n], cu[n + 1]), any number
+        of them, none included. Made monotone and clipped to [0, tokens]. Rows of no request give 0.
+      has_state: [requests] bool, whether a request resumes from its slot or starts from zero.
+      decay: `HeadDecay(g [heads])` or `TokenDecay(g [tokens, heads])`, log decays per token, clipped
+        to [-30, 0].
+      scale: of the output, a Python number; key_dim ** -0.5 by default.
+      batch_invariant: no bit of a request's result may depend on the rest of the batch. Otherwise
+        rounding also depends on the request's first row modulo 16. Costs an eighth of prefill.
+      implementation: "pallas" (a TPU), "interpret" (the kernel on a CPU, slow), "reference"
+        (`reference.gla.chunked`), or "auto": the kernel on a TPU that supports it, else the reference.
+      plan: block sizes instead of the tuned ones.
+      validate: check values as well (eager calls only): slots, duplicates, bounds, decays.
+
+    Returns:
+      o [tokens, heads, value_dim] in the dtype of v, and the new pool.
+
+    Raises:
+      ArgumentError: an argument that can never work: what it was, what it needs.
+      UnsupportedError: valid, but not on this machine or chip.
+
+    Source: Lightning Attention-2 (arXiv 2401.04658), GLA (arXiv 2312.06635), Mamba-2 (2405.21060).
+    """
+    problem = problem_of(
+        q, k, v, state_pool, slot_ids, cu_seqlens, has_state, decay, batch_invariant
+    )
+    checks.check_choice("gla", "implementation", implementation, get_args(Implementation))
+    scale = check_scale(scale, problem.key_dim)
+    if validate:
+        conditions = value_rules(slot_ids, cu_seqlens, decay, problem)
+        checks.raise_if_bad("gla", conditions)
+    batch = (slot_ids, cu_seqlens, has_state)
+    chosen, target = choose(implementation, problem, plan)
+    if chosen == "reference":
+        return reference.chunked(q, k, v, state_pool, *batch, decay=decay, scale=scale)
+    plan = plan_for(problem, target, plan).plan
+    if v.shape[0] == 0 or not problem.num_requests or not problem.num_slots:
+        return jnp.zeros_like(v), state_pool
+    interpret = pltpu.InterpretParams() if chosen == "interpret" else False
+    return launch((q, k, v, state_pool), batch, decay, problem, plan, scale, interpret)
+
+
+def gla_batch(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    decay: Decay,
+    scale: float | None = None,
+    initial_state: jax.Array | None = None,
+    batch_invariant: bool = False,
+    implementation: Implementation = "auto",
+    plan: Plan | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Gated linear attention over sequences of equal length; see `gla` for what is not said here.
+
+    Args:
+      q, k: [batch, time, qk_heads, key_dim].
+      v: [batch, time, heads, value_dim].
+      decay: `HeadDecay(g [heads])` or `TokenDecay(g [batch, time, heads])`.
+      scale: of the output, key_dim ** -0.5 by default.
+      initial_state: [batch, heads, key_dim, value_dim], zero by default.
+      batch_invariant, implementation, plan: as in `gla`.
+
+    Returns:
+      o [batch, time, heads, value_dim] and the final state [batch, heads, key_dim, value_dim] in the
+      dtype of the initial state, float32 by default.
+
+    Raises:
+      ArgumentError, UnsupportedError: as `gla`.
+    """
+    dims = checks.Dims("gla_batch")
+    dims.bind("q", q, "batch time qk_heads key_dim")
+    dims.bind("k", k, "batch time qk_heads key_dim")
+    dims.bind("v", v, "batch time heads value_dim")
+    batch, time = q.shape[:2]
+    shape = (batch, v.shape[2], q.shape[3], v.shape[3])
+    if initial_state is not None:
+        dims.bind("initial_state", initial_state, "batch heads key_dim value_dim")
+    state = jnp.zeros(shape, jnp.float32) if initial_state is None else initial_state
+    if isinstance(decay, TokenDecay):
+        dims.bind("decay.g", decay.g, "batch time heads")
+        decay = TokenDecay(decay.g.reshape(batch * time, -1))
+    o, state = gla(
+        *(x.reshape(batch * time, *x.shape[2:]) for x in (q, k, v)),
+        state,
+        jnp.arange(batch, dtype=jnp.int32),
+        jnp.arange(batch + 1, dtype=jnp.int32) * time,
+        jnp.full(batch, initial_state is not None),
+        decay=decay,
+        scale=scale,
+        batch_invariant=batch_invariant,
+        implementation=implementation,
+        plan=plan,
+    )
+    return o.reshape(v.shape), state
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    state_pool: Any,
+    slot_ids: Any,
+    cu_seqlens: Any,
+    has_state: Any,
+    *,
+    decay: Decay,
+    chip: str,
+    batch_invariant: bool = False,
+    plan: Plan | None = None,
+) -> Explanation:
+    """The plan that `gla` would use for these arrays or shapes on a chip that need not be present.
+
+    Raises:
+      ArgumentError, UnsupportedError: what `gla` would raise there.
+    """
+    problem = problem_of(
+        q, k, v, state_pool, slot_ids, cu_seqlens, has_state, decay, batch_invariant
+    )
+    return plan_for(problem, chip_named(chip), plan)
+
+
+def supports(*args: Any, **kwargs: Any) -> bool:
+    """Whether `gla` runs its kernel for these arrays or shapes on a chip; arguments as `explain`."""
+    try:
+        explain(*args, **kwargs)
+    except (ArgumentError, UnsupportedError):
+        return False
+    return True
+
+
+def problem_of(
+    q: Any,
+    k: Any,
+    v: Any,
+    state_pool: Any,
+    slot_ids: Any,
+    cu_seqlens: Any,
+    has_state: Any,
+    decay: Decay,
+    batch_invariant: bool,
+) -> Problem:
+    """Checks shapes and dtypes.
+
+    Raises:
+      ArgumentError: one of them is wrong.
+    """
+    dims = checks.Dims("gla")
+    dims.bind("q", q, "tokens qk_heads key_dim")
+    dims.bind("k", k, "tokens qk_heads key_dim")
+    dims.bind("v", v, "tokens heads value_dim")
+    dims.bind("state_pool", state_pool, "slots heads key_dim value_dim")
+    dims.bind("slot_ids", slot_ids, "requests")
+    dims.bind("cu_seqlens", cu_seqlens, "requests+1")
+    dims.bind("has_state", has_state, "requests")
+    if not isinstance(decay, HeadDecay | TokenDecay):
+        raise ArgumentError(
+            where="gla",
+            argument="decay",
+            got=f"is a {type(decay).__name__}",
+            expected="HeadDecay(g) or TokenDecay(g)",
+        )
+    dims.bind("decay.g", decay.g, "heads" if isinstance(decay, HeadDecay) else "tokens heads")
+    checks.check_dtype("gla", "q", q, DTYPES)
+    checks.check_dtype("gla", "k", k, (q.dtype,))
+    checks.check_dtype("gla", "v", v, (q.dtype,))
+    checks.check_dtype("gla", "state_pool", state_pool, (jnp.float32, jnp.bfloat16))
+    checks.check_dtype("gla", "slot_ids", slot_ids, (jnp.int32,))
+    checks.check_dtype("gla", "cu_seqlens", cu_seqlens, (jnp.int32,))
+    checks.check_dtype("gla", "has_state", has_state, (jnp.bool_,))
+    checks.check_dtype("gla", "decay.g", decay.g, (jnp.float32,))
+    checks.check_range("gla", "qk_heads", dims["qk_heads"], low=1)
+    checks.check_multiple(
+        "gla", "heads of v", dims["heads"], dims["qk_heads"], "Every query/key head needs as many."
+    )
+    checks.check_range("gla", "heads of v", dims["heads"], low=1)
+    for dim in ("key_dim", "value_dim"):
+        checks.check_choice("gla", dim, dims[dim], DIMS)
+    return Problem(
+        num_tokens=-(-dims["tokens"] // ROWS) * ROWS,
+        num_requests=dims["requests"],
+        num_slots=dims["slots"],
+        qk_heads=dims["qk_heads"],
+        heads=dims["heads"],
+        key_dim=dims["key_dim"],
+        value_dim=dims["value_dim"],
+        dtype=jnp.dtype(q.dtype),
+        state_dtype=jnp.dtype(state_pool.dtype),
+        per_token=isinstance(decay, TokenDecay),
+        batch_invariant=bool(batch_invariant),
+    )
+
+
+def check_scale(scale: float | None, key_dim: int) -> float:
+    """The scale as a finite Python number.
+
+    Raises:
+      ArgumentError: it is something else.
+    """
+    if scale is None:
+        return key_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 1e30:
+        raise ArgumentError(
+            where="gla",
+            argument="scale",
+            got=f"is {scale!r}",
+            expected="a finite Python number or None",
+            advice="Multiply q or the output by an array instead.",
+        )
+    return float(scale)
+
+
+def value_rules(
+    slot_ids: jax.Array, cu_seqlens: jax.Array, decay: Decay, problem: Problem
+) -> list[checks.Condition]:
+    """What values have to obey; -1 is the one null slot that is not a mistake."""
+    index = jnp.arange(slot_ids.shape[0])
+    twin = (slot_ids[:, None] == slot_ids[None, :]) & (index[None, :] < index[:, None])
+    repeated = jnp.any(twin, axis=1) & (slot_ids >= 0)
+    previous = jnp.concatenate([cu_seqlens[:1], cu_seqlens[:-1]])
+    tokens = decay.g.shape[0] if problem.per_token else problem.num_tokens
+    return [
+        checks.in_range("slot_ids", slot_ids, -1, problem.num_slots),
+        checks.Condition("slot_ids", slot_ids, repeated, "each slot at most once"),
+        checks.in_range("cu_seqlens", cu_seqlens, 0, tokens + 1),
+        checks.Condition("cu_seqlens", cu_seqlens, cu_seqlens < previous, "ascending bounds"),
+        checks.Condition("decay.g", decay.g, ~(decay.g <= 0), "log decays of at most 0"),
+    ]
+
+
+def choose(
+    implementation: Implementation, problem: Problem, plan: Plan | None
+) -> tuple[Implementation, Chip]:
+    """Resolves "auto" and names the chip to plan for; interpretation plans as for tpu7x.
+
+    Raises:
+      UnsupportedError: the kernel was asked for where it cannot run.
+    """
+    target = current_chip()
+    supported = target is not None and target.name in SUPPORTED_CHIPS
+    if implementation == "auto":
+        if not supported:
+            return "reference", target or chip_named("tpu7x")
+        try:
+            plan_for(problem, target, plan)
+        except UnsupportedError:
+            return "reference", target
+        return "pallas", target
+    if implementation == "pallas" and not supported:
+        raise UnsupportedError(
+            where="gla",
+            what="implementation='pallas'",
+            place=target.name if target else jax.default_backend(),
+            why=f"the kernel runs on {', '.join(SUPPORTED_CHIPS)}",
+            advice="Use implementation='reference', or 'interpret' to run the kernel on a CPU.",
+        )
+    return implementation, target or chip_named("tpu7x")
+
+
+def launch(
+    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    batch: tuple[jax.Array, jax.Array, jax.Array],
+    decay: Decay,
+    problem: Problem,
+    plan: Plan,
+    scale: float,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Brings the arguments into the kernel's layout and runs it."""
+    *tokens, pool = arrays
+    num_tokens = tokens[0].shape[0]
+    padding = problem.num_tokens - num_tokens
+
+    def rows(x: jax.Array) -> jax.Array:
+        flat = x.reshape(num_tokens, -1)
+        return jnp.pad(flat, ((0, padding), (0, 0))) if padding else flat
+
+    g = decay.g
+    if problem.per_token:
+        g = rows(g).reshape(problem.num_tokens, -1, plan.heads).swapaxes(0, 1)
+    slot_ids, cu_seqlens, has_state = batch
+    scalars = Batch(slot_ids, jnp.minimum(cu_seqlens, num_tokens), has_state.astype(jnp.int32))
+    operands = (*map(rows, tokens), g, pool)
+    o, pool = gla_kernel(
+        scalars, operands, problem=problem, plan=plan, scale=scale, interpret=interpret
+    )
+    return o[:num_tokens].reshape(arrays[2].shape), pool
