@@ -1,0 +1,200 @@
+"""Where the kernel's data lies, and how it gets there. Knows nothing of what is computed with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from gla.plan import Plan, Problem
+from gla.recurrent import Staged
+from gla.schedule import ROWS, SKIP, Batch, Schedule, group_start, in_group
+from gla.tables import ConstantTables, TokenTables
+from tpukit.buffers import Index, Stream
+
+Ref = Any
+
+
+class Operands(NamedTuple):
+    """Arrays in HBM; pool is written in place."""
+
+    q: Ref  # [T, qk_heads * key_dim]
+    k: Ref  # [T, qk_heads * key_dim]
+    v: Ref  # [T, heads * value_dim]
+    log_decay: Ref  # f32, constant: [heads] in SMEM; per token: [heads / h, T, h]
+    pool: Ref  # [slots, heads, key_dim, value_dim]
+    o: Ref  # [T, heads * value_dim]
+
+
+class Scratch(NamedTuple):
+    """SMEM, VMEM and semaphores; P = plan.inputs, S = plan.states, W = plan.window, h = plan.heads."""
+
+    schedule: Schedule
+    q: Ref  # [P, W, h / group * key_dim]
+    k: Ref  # [P, W, h / group * key_dim]
+    v: Ref  # [P, W, h * value_dim]
+    o: Ref  # [2, W, h * value_dim]
+    states: Ref  # [S, h, key_dim, value_dim] in the type of the pool
+    carry: Ref  # [h, key_dim, value_dim] f32: a narrower state between the chunks of a request
+    staged: Staged
+    tables: list[Ref]
+    input_sems: Ref  # [P]
+    output_sems: Ref  # [2]
+    load_sems: Ref  # [S]
+    store_sems: Ref  # [S]
+
+    @staticmethod
+    def shapes(problem: Problem, plan: Plan) -> Scratch:
+        """Shapes of the fields."""
+        qk = (plan.window, plan.heads // problem.group * problem.key_dim)
+        vo = (plan.window, plan.heads * problem.value_dim)
+        state = (plan.heads, problem.key_dim, problem.value_dim)
+        narrow = problem.state_dtype != jnp.float32
+        tables = TokenTables if problem.per_token else ConstantTables
+        return Scratch(
+            schedule=Schedule.shapes(problem.limits(plan), problem.num_requests),
+            q=pltpu.VMEM((plan.inputs, *qk), problem.dtype),
+            k=pltpu.VMEM((plan.inputs, *qk), problem.dtype),
+            v=pltpu.VMEM((plan.inputs, *vo), problem.dtype),
+            o=pltpu.VMEM((2, *vo), problem.dtype),
+            states=pltpu.VMEM((plan.states, *state), problem.state_dtype),
+            carry=pltpu.VMEM(state if narrow else (1, 8, 128), jnp.float32),
+            staged=Staged.shapes(problem, plan),
+            tables=tables.shapes(problem, plan),
+            input_sems=pltpu.SemaphoreType.DMA((plan.inputs,)),
+            output_sems=pltpu.SemaphoreType.DMA((2,)),
+            load_sems=pltpu.SemaphoreType.DMA((plan.states,)),
+            store_sems=pltpu.SemaphoreType.DMA((plan.states,)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plumbing:
+    """What each transfer of a grid step moves: `block` of plan.heads heads through all items."""
+
+    problem: Problem
+    plan: Plan
+    scale: float
+    block: jax.Array
+    batch: Batch
+    hbm: Operands
+    vmem: Scratch
+
+    @property
+    def tables(self) -> ConstantTables | TokenTables:
+        if self.problem.per_token:
+            return TokenTables(*self.vmem.tables, self.scale)
+        return ConstantTables(*self.vmem.tables)
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.vmem.schedule
+
+    @property
+    def num_items(self) -> jax.Array:
+        return self.schedule.counts[0]
+
+    @property
+    def num_requests(self) -> jax.Array:
+        return self.schedule.counts[1]
+
+    def begin(self, item: Index) -> jax.Array:
+        """The item's first row, counted from the first row of its window, a whole group."""
+        return in_group(self.schedule.row[item])
+
+    def end(self, item: Index) -> jax.Array:
+        """One past the item's last row, counted likewise."""
+        return self.begin(item) + self.schedule.rows[item]
+
+    def lanes(self, width: int) -> Any:
+        """The lanes of this block in a row of all heads, `width` of them."""
+        start = self.block * width
+        return pl.ds(pl.multiple_of(start, 128) if width % 128 == 0 else start, width)
+
+    def rows(self, item: Index, count: jax.Array) -> Any:
+        """`count` rows of HBM from the item's first group; both multiples of ROWS."""
+        base = group_start(self.schedule.row[item])
+        return pl.ds(pl.multiple_of(base, ROWS), pl.multiple_of(count, ROWS))
+
+    @property
+    def inputs(self) -> Stream:
+        """Per item: the groups of q, k, v (and log decays) that it touches."""
+
+        def copies(item: Index, slot: jax.Array) -> list[Any]:
+            rows = self.rows(item, group_start(self.end(item) + ROWS - 1))
+            sem = self.vmem.input_sems.at[slot]
+            moves = self.tables.copies(self.hbm.log_decay, self.block, rows, slot, sem)
+            for source, window in (
+                (self.hbm.q, self.vmem.q),
+                (self.hbm.k, self.vmem.k),
+                (self.hbm.v, self.vmem.v),
+            ):
+                part = source.at[rows, self.lanes(window.shape[2])]
+                moves.append(pltpu.make_async_copy(part, window.at[slot, pl.ds(0, rows.size)], sem))
+            return moves
+
+        def exists(item: Index) -> jax.Array:
+            inside = item < self.num_items
+            return inside & (self.schedule.kind[jnp.where(inside, item, 0)] != SKIP)
+
+        return Stream(copies, self.plan.inputs, exists)
+
+    @property
+    def outputs(self) -> Stream:
+        """Per item: the groups of o that it completes."""
+
+        def copies(item: Index, slot: jax.Array) -> list[Any]:
+            rows = self.rows(item, self.complete(item))
+            part = self.hbm.o.at[rows, self.lanes(self.vmem.o.shape[2])]
+            window = self.vmem.o.at[slot, pl.ds(0, rows.size)]
+            return [pltpu.make_async_copy(window, part, self.vmem.output_sems.at[slot])]
+
+        return Stream(copies, 2, lambda item: (item >= 0) & (self.complete(item) > 0))
+
+    def complete(self, item: Index) -> jax.Array:
+        """Rows of the window up to the last whole group."""
+        return group_start(self.end(jnp.maximum(item, 0)))
+
+    def state(self, slot: jax.Array) -> Ref:
+        """This block's heads of a slot of the pool."""
+        return self.hbm.pool.at[slot, pl.ds(self.block * self.plan.heads, self.plan.heads)]
+
+    @property
+    def loads(self) -> Stream:
+        """Per request: its state, if it resumes."""
+
+        def copies(request: Index, slot: jax.Array) -> list[Any]:
+            source = self.state(self.schedule.load[request])
+            return [
+                pltpu.make_async_copy(
+                    source, self.vmem.states.at[slot], self.vmem.load_sems.at[slot]
+                )
+            ]
+
+        def exists(request: Index) -> jax.Array:
+            inside = request < self.num_requests
+            return inside & (self.schedule.load[jnp.where(inside, request, 0)] >= 0)
+
+        return Stream(copies, self.plan.states, exists)
+
+    @property
+    def stores(self) -> Stream:
+        """Per request: its state, if it is kept."""
+
+        def copies(request: Index, slot: jax.Array) -> list[Any]:
+            target = self.state(self.schedule.store[request])
+            return [
+                pltpu.make_async_copy(
+                    self.vmem.states.at[slot], target, self.vmem.store_sems.at[slot]
+                )
+            ]
+
+        def exists(request: Index) -> jax.Array:
+            inside = (request >= 0) & (request < self.num_requests)
+            return inside & (self.schedule.store[jnp.where(inside, request, 0)] >= 0)
+
+        return Stream(copies, self.plan.states, exists)
