@@ -282,22 +282,25 @@ def gla_kernel(
     """
     v, pool = operands[2], operands[4]
     scalars = len(batch)
+    if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
+        operands = tuple(pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands)
 
     def body(*refs: Ref) -> None:
         (q, k, v, log_decay, _), (o, pool), scratch = refs[scalars:-3], refs[-3:-1], refs[-1]
-        hbm = Operands(q, k, v, log_decay, pool, o)
-        Walk(problem, plan, scale, pl.program_id(0), Batch(*refs[:scalars]), hbm, scratch).run()
+        operands = Operands(q, k, v, log_decay, pool, o)
+        block = pl.program_id(0)
+        Walk(problem, plan, scale, block, Batch(*refs[:scalars]), operands, scratch).run()
 
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    decay_spec = anywhere if problem.per_token else pl.BlockSpec(memory_space=pltpu.SMEM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    decay_spec = hbm if problem.per_token else pl.BlockSpec(memory_space=pltpu.SMEM)
     return pl.pallas_call(
         body,
         name="gla",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=scalars,
             grid=(problem.heads // plan.heads,),
-            in_specs=[anywhere, anywhere, anywhere, decay_spec, anywhere],
-            out_specs=[anywhere, anywhere],
+            in_specs=[hbm, hbm, hbm, decay_spec, hbm],
+            out_specs=[hbm, hbm],
             scratch_shapes=[Scratch.shapes(problem, plan)],
         ),
         out_shape=[

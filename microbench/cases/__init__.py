@@ -11,7 +11,8 @@ from microbench.case import Suite
 
 def kernels() -> tuple[str, ...]:
     """Names of the kernels that have cases. Imports none of them."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(name for name in names if not name.startswith("_")))
 
 
 def load(kernel: str) -> Suite:

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import gla
-from microbench import static
+from gla.schedule import ROWS
 from microbench.case import Case, Check, Cost
+from microbench.cases._gla_bundles import Schedule
 from reference import gla as reference
 from tpukit import interpret
 
@@ -267,17 +268,16 @@ def _explain(shape: Shape, chip: str) -> gla.Explanation:
 
 
 def figures(case: Case, report: Any) -> dict[str, float]:
-    """Bundles per token and head of a full window, and per one-token request and head.
-
-    The loop over work items is the largest of the kernel. Its longest branch is a full window; its
-    largest inner loop runs once per one-token request.
-    """
-    plan = _explain(_shape(case), report.chip).plan
-    kernel = report.kernel("gla")
-    items = max(kernel.loops, key=lambda loop: loop.bundles)
-    inner = [loop for loop in kernel.loops if loop.path.startswith(f"{items.path}/")]
-    decode = max(loop.bundles for loop in inner)
+    """Bundles of the steady loop per token and head and per decode and head, and of the batch."""
+    shape = _shape(case)
+    plan = _explain(shape, report.chip).plan
+    schedule = Schedule.of(report.kernel("gla"), plan)
+    steps = shape.heads // plan.heads
+    batch = steps * schedule.batch(shape.lengths, list(shape.resumes()))
+    decode = schedule.request() + schedule.run() / ROWS
     return {
-        "prefill bundles/token/head": static.longest_pass(items) / (plan.window * plan.heads),
+        "prefill bundles/token/head": schedule.steady() / (plan.window * plan.heads),
         "decode bundles/request/head": decode / plan.heads,
+        "batch bundles": batch,
+        "batch bundles/token/head": batch / (shape.tokens * shape.heads),
     }
