@@ -1,4 +1,4 @@
-"""Gated linear attention: chunked prefill, recurrent decode, and ragged mixes of both, in one kernel."""
+"""Gated linear attention: prefill, decode and ragged mixes of both, in one kernel."""
 
 from gla.api import SUPPORTED_CHIPS, explain, gla, gla_batch, supports
 from gla.decay import fla_decay, ling_decay

@@ -53,16 +53,18 @@ def gla(
       slot_ids: [requests] int32 slot of each request. A slot outside [0, slots), such as -1, makes
         the request null: its output is 0 and nothing is moved for it. Where requests share a slot,
         all start from the state before the call and the last one's state is kept.
-      cu_seqlens: [requests + 1] int32 row bounds; request n owns rows [cu[n], cu[n + 1]), any number
-        of them, none included. Made monotone and clipped to [0, tokens]. Rows of no request give 0.
+      cu_seqlens: [requests + 1] int32 row bounds; request n owns rows [cu[n], cu[n + 1]), any
+        number of them, none included. Made monotone and clipped to [0, tokens]. Rows of no request
+        give 0.
       has_state: [requests] bool, whether a request resumes from its slot or starts from zero.
-      decay: `HeadDecay(g [heads])` or `TokenDecay(g [tokens, heads])`, log decays per token, clipped
-        to [-30, 0].
+      decay: `HeadDecay(g [heads])` or `TokenDecay(g [tokens, heads])`, log decays per token,
+        clipped to [-30, 0].
       scale: of the output, a Python number; key_dim ** -0.5 by default.
       batch_invariant: no bit of a request's result may depend on the rest of the batch. Otherwise
         rounding also depends on the request's first row modulo 16. Costs an eighth of prefill.
       implementation: "pallas" (a TPU), "interpret" (the kernel on a CPU, slow), "reference"
-        (`reference.gla.chunked`), or "auto": the kernel on a TPU that supports it, else the reference.
+        (`reference.gla.chunked`), or "auto": the kernel on a TPU that supports it, else the
+        reference.
       plan: block sizes instead of the tuned ones.
       validate: check values as well (eager calls only): slots, duplicates, bounds, decays.
 
@@ -117,8 +119,8 @@ def gla_batch(
       batch_invariant, implementation, plan: as in `gla`.
 
     Returns:
-      o [batch, time, heads, value_dim] and the final state [batch, heads, key_dim, value_dim] in the
-      dtype of the initial state, float32 by default.
+      o [batch, time, heads, value_dim] and the final state [batch, heads, key_dim, value_dim] in
+      the dtype of the initial state, float32 by default.
 
     Raises:
       ArgumentError, UnsupportedError: as `gla`.
@@ -135,8 +137,11 @@ def gla_batch(
     if isinstance(decay, TokenDecay):
         dims.bind("decay.g", decay.g, "batch time heads")
         decay = TokenDecay(decay.g.reshape(batch * time, -1))
+    q, k, rows = (x.reshape(batch * time, *x.shape[2:]) for x in (q, k, v))
     o, state = gla(
-        *(x.reshape(batch * time, *x.shape[2:]) for x in (q, k, v)),
+        q,
+        k,
+        rows,
         state,
         jnp.arange(batch, dtype=jnp.int32),
         jnp.arange(batch + 1, dtype=jnp.int32) * time,
@@ -176,7 +181,7 @@ def explain(
 
 
 def supports(*args: Any, **kwargs: Any) -> bool:
-    """Whether `gla` runs its kernel for these arrays or shapes on a chip; arguments as `explain`."""
+    """Whether `gla` runs its kernel for these shapes on a chip; arguments as `explain`."""
     try:
         explain(*args, **kwargs)
     except (ArgumentError, UnsupportedError):
@@ -291,25 +296,24 @@ def choose(
     Raises:
       UnsupportedError: the kernel was asked for where it cannot run.
     """
-    target = current_chip()
-    supported = target is not None and target.name in SUPPORTED_CHIPS
+    here = current_chip()
+    supported = here is not None and here.name in SUPPORTED_CHIPS
+    target = here or chip_named("tpu7x")
     if implementation == "auto":
-        if not supported:
-            return "reference", target or chip_named("tpu7x")
         try:
             plan_for(problem, target, plan)
         except UnsupportedError:
-            return "reference", target
-        return "pallas", target
+            supported = False
+        return ("pallas" if supported else "reference"), target
     if implementation == "pallas" and not supported:
         raise UnsupportedError(
             where="gla",
             what="implementation='pallas'",
-            place=target.name if target else jax.default_backend(),
+            place=here.name if here else jax.default_backend(),
             why=f"the kernel runs on {', '.join(SUPPORTED_CHIPS)}",
             advice="Use implementation='reference', or 'interpret' to run the kernel on a CPU.",
         )
-    return implementation, target or chip_named("tpu7x")
+    return implementation, target
 
 
 def launch(

@@ -34,6 +34,10 @@ def ling_decay(num_heads: int, layer: int, num_layers: int) -> HeadDecay:
 
 
 def fla_decay(num_heads: int, layer: int, num_layers: int) -> HeadDecay:
-    """Decay of flash-linear-attention's `chunk_lightning_attn`: g_h = -(8 h / heads)(1 - layer / layers)."""
+    """Decay of flash-linear-attention's `chunk_lightning_attn`.
+
+    Returns:
+      g [num_heads] = -(8 h / num_heads) (1 - layer / num_layers) for head h.
+    """
     depth = 8 / num_heads * (1 - layer / num_layers)
     return HeadDecay(-depth * jnp.arange(num_heads, dtype=jnp.float32))

@@ -1,9 +1,9 @@
 """The kernel: one pass over the work items of a ragged batch, states updated in place.
 
 Per grid step a block of heads walks through all items. An item's q, k, v rows arrive in a window,
-fetched items ahead; a request's state arrives in a ring of states, fetched requests ahead, is updated
-by all of the request's items and leaves again. Outputs leave as whole groups of ROWS rows; a group
-that two items share waits in VMEM until the second has filled it.
+fetched items ahead; a request's state arrives in a ring of states, fetched requests ahead, is
+updated by all of the request's items and leaves again. Outputs leave as whole groups of ROWS rows;
+a group that two items share waits in VMEM until the second has filled it.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Walk(Plumbing):
                 )
                 for h in heads
             ]
-            for h, (o, new) in zip(heads, done):
+            for h, (o, new) in zip(heads, done, strict=True):
                 staged.o[h, pl.ds(row, 1)] = self.scale * o
                 state[h] = new.astype(state.dtype)
 
@@ -214,7 +214,7 @@ class Walk(Plumbing):
             lax.fori_loop(end // ROWS, size // ROWS, lambda group, _: clear(group), None)
 
     def chunk_heads(self, item: jax.Array, state: Ref, size: int) -> None:
-        """All heads of the block in sets, the second half of a set beside the first half of the next."""
+        """All heads in sets, the second half of a set beside the first half of the next."""
         slot, out = self.inputs.slot(item), self.outputs.slot(item)
         begin, end = self.begin(item), self.end(item)
         self.tables.open(slot, begin, end, size)
@@ -233,9 +233,10 @@ class Walk(Plumbing):
             v = [self.vmem.v[slot, :size, self.value_lanes(h)] for h in heads]
             before = [state[h] for h in heads]
             decays = [self.tables.chunk(h, begin, end, size, dims) for h in heads]
-            scored = [chunk.score(*args) for args in zip(q, k, before, decays)]
+            scored = [chunk.score(*args) for args in zip(q, k, before, decays, strict=True)]
             finish(half_done)
-            half_done = [HalfDone(*args) for args in zip(heads, k, v, before, decays, scored)]
+            fields = zip(heads, k, v, before, decays, scored, strict=True)
+            half_done = [HalfDone(*args) for args in fields]
         finish(half_done)
 
     def join(self, item: jax.Array) -> None:

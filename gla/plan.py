@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,11 @@ SCHEMA = tuning.Schema(
 )
 
 
+def as_plan(fields: Mapping[str, tuning.Value]) -> Plan:
+    """A plan from the fields of a table's entry, which the schema says are ints."""
+    return Plan(**{name: int(value) for name, value in fields.items()})
+
+
 @functools.cache
 def table() -> tuning.Table:
     """The tuned block sizes."""
@@ -274,8 +280,8 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
         found = table().resolve(
             chip.name,
             key,
-            valid=lambda fields: fits(problem, Plan(**fields), chip),
+            valid=lambda fields: fits(problem, as_plan(fields), chip),
             model=lambda: dataclasses.asdict(model(problem, chip)),
         )
-        plan, source, why = Plan(**found.value), found.source, found.why
+        plan, source, why = as_plan(found.value), found.source, found.why
     return Explanation(plan, source, why, vmem_bytes(problem, plan), chip.vmem_bytes)

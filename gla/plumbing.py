@@ -1,4 +1,4 @@
-"""Where the kernel's data lies, and how it gets there. Knows nothing of what is computed with it."""
+"""Where the kernel's data lies and how it gets there. Knows nothing of what is computed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Operands(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """SMEM, VMEM and semaphores; P = plan.inputs, S = plan.states, W = plan.window, h = plan.heads."""
+    """On-chip memory; P = plan.inputs, S = plan.states, W = plan.window, h = plan.heads."""
 
     schedule: Schedule
     q: Ref  # [P, W, h / group * key_dim]
@@ -86,20 +86,26 @@ class Plumbing:
 
     @property
     def tables(self) -> ConstantTables | TokenTables:
+        """Where decay factors come from."""
         if self.problem.per_token:
-            return TokenTables(*self.vmem.tables, self.scale)
-        return ConstantTables(*self.vmem.tables)
+            steps, sums, columns = self.vmem.tables
+            return TokenTables(steps, sums, columns, self.scale)
+        within, rising, falling = self.vmem.tables
+        return ConstantTables(within, rising, falling)
 
     @property
     def schedule(self) -> Schedule:
+        """The work items."""
         return self.vmem.schedule
 
     @property
     def num_items(self) -> jax.Array:
+        """How many there are."""
         return self.schedule.counts[0]
 
     @property
     def num_requests(self) -> jax.Array:
+        """How many requests have rows."""
         return self.schedule.counts[1]
 
     def begin(self, item: Index) -> jax.Array:

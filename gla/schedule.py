@@ -1,13 +1,13 @@
 """What is done when: a ragged batch as a short list of work items in token order.
 
 Every row of the batch belongs to exactly one item. A request of several tokens becomes chunks that
-fit a window of rows which starts at an aligned group. Neighbouring one-token requests (decode) share
-an item as far as they share such a group. Rows without a request, or whose request has no slot of the
-pool, are skipped: their output is zero and no state is moved for them.
+fit a window of rows which starts at an aligned group. Neighbouring one-token requests (decode)
+share an item as far as they share such a group. Rows without a request, or whose request has no
+slot of the pool, are skipped: their output is zero and no state is moved for them.
 
-Chunks end where windows do, so that all but the first are whole windows; a request's rounding errors
-then depend on its first row modulo ROWS. A batch-invariant list cuts chunks of `window - ROWS` rows,
-which fit wherever the request starts, and so depends on nothing but the request.
+Chunks end where windows do, so that all but the first are whole windows; a request's rounding
+errors then depend on its first row modulo ROWS. A batch-invariant list cuts chunks of `window -
+ROWS` rows, which fit wherever the request starts, and so depends on nothing but the request.
 
 The list is made by the kernel itself, on the scalar core, from the caller's arrays.
 """
@@ -75,21 +75,10 @@ class Schedule(NamedTuple):
 
     @staticmethod
     def shapes(limits: Limits, num_requests: int) -> Schedule:
-        """SMEM shapes of the fields, for any lengths; one place is spare for writes that do not count."""
-        requests = (
-            num_requests + 2
-        )  # rows before the first and after the last request count as one each
+        """SMEM shapes of the fields, for any lengths, with a place for writes that do not count."""
+        requests = num_requests + 2  # the rows before the first and after the last are one each
         items = limits.num_tokens // limits.chunk + 2 * requests + 1
-        sizes = (
-            2,
-            items,
-            items,
-            items,
-            items,
-            requests + 1,
-            requests + 1,
-            max(limits.num_slots, 1),
-        )
+        sizes = (2, *[items] * 4, *[requests + 1] * 2, max(limits.num_slots, 1))
         return Schedule(*(pltpu.SMEM((size,), jnp.int32) for size in sizes))
 
 

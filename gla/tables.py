@@ -1,8 +1,8 @@
 """Decay factors inside the kernel: where they come from and how a head reads them.
 
-Two sources with one face. `ConstantTables` (one log decay per head) builds tables of powers once per
-grid step and only slices them afterwards. `TokenTables` (one log decay per token and head) sums a
-window's log decays once per item and takes exponentials of their differences.
+Two sources with one face. `ConstantTables` (one log decay per head) builds tables of powers once
+per grid step and only slices them afterwards. `TokenTables` (one log decay per token and head) sums
+a window's log decays once per item and takes exponentials of their differences.
 """
 
 from __future__ import annotations

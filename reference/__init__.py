@@ -1,1 +1,1 @@
-"""The specifications: one pure-JAX module per kernel, each simple enough to be believed by reading."""
+"""The specifications: a pure-JAX module per kernel, simple enough to be believed by reading."""

@@ -8,8 +8,8 @@ A batch is ragged: request n owns rows [cu_seqlens[n], cu_seqlens[n+1]) of q, k,
 slot_ids[n] of a pool of states. `recurrent` is the definition. `chunked` is the same function,
 rearranged into matrix products: fast and differentiable.
 
-Sources: Lightning Attention-2 (arXiv 2401.04658), Gated Linear Attention (arXiv 2312.06635), Mamba-2
-(arXiv 2405.21060).
+Sources: Lightning Attention-2 (arXiv 2401.04658), Gated Linear Attention (arXiv 2312.06635),
+Mamba-2 (arXiv 2405.21060).
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-MIN_LOG_DECAY = -30.0  # e^-30 forgets everything in f32; sums of lower values would lose their digits
+MIN_LOG_DECAY = (
+    -30.0
+)  # e^-30 forgets everything in f32; sums of lower values would lose their digits
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +71,11 @@ class Requests(NamedTuple):
 
 
 def requests(
-    cu_seqlens: jax.Array, slot_ids: jax.Array, has_state: jax.Array, num_tokens: int, num_slots: int
+    cu_seqlens: jax.Array,
+    slot_ids: jax.Array,
+    has_state: jax.Array,
+    num_tokens: int,
+    num_slots: int,
 ) -> Requests:
     """Applies the rules for unusual values: see `recurrent`."""
     bounds = lax.cummax(jnp.clip(cu_seqlens, 0, num_tokens))
@@ -88,13 +95,13 @@ def requests(
     )
 
 
-def initial_states(state_pool: jax.Array, plan: Requests, dtype: jnp.dtype) -> jax.Array:
+def initial_states(state_pool: jax.Array, plan: Requests, dtype: DTypeLike) -> jax.Array:
     """[N, heads, key_dim, value_dim] state of each request before its first token."""
     states = state_pool.astype(dtype)[plan.load]
     return jnp.where(plan.resumes[:, None, None, None], states, 0)
 
 
-def token_decays(decay: Decay, num_tokens: int, dtype: jnp.dtype) -> jax.Array:
+def token_decays(decay: Decay, num_tokens: int, dtype: DTypeLike) -> jax.Array:
     """[tokens, heads] clipped log decay of every token."""
     g = clip_log_decay(decay.g.astype(dtype))
     return g if isinstance(decay, TokenDecay) else jnp.broadcast_to(g, (num_tokens, g.shape[0]))
@@ -111,7 +118,7 @@ def recurrent(
     *,
     decay: Decay,
     scale: float | None = None,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
     """The definition, token by token.
 
@@ -119,7 +126,7 @@ def recurrent(
       q, k: [tokens, qk_heads, key_dim]; value head h uses query/key head h * qk_heads // heads.
       v: [tokens, heads, value_dim].
       state_pool: [slots, heads, key_dim, value_dim].
-      slot_ids: [N] slot of each request; outside [0, slots) the request is skipped: its output is 0.
+      slot_ids: [N] slot of each request; outside [0, slots) the request is skipped, its output 0.
       cu_seqlens: [N + 1] row bounds, made monotone and clipped to [0, tokens]. Output rows that
         belong to no request are 0. A request without rows leaves its slot alone.
       has_state: [N] whether the request resumes from its slot, or starts from a zero state.
@@ -132,7 +139,7 @@ def recurrent(
       state before the call and the last one's state is kept.
     """
     num_tokens, heads = v.shape[:2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     reqs = requests(cu_seqlens, slot_ids, has_state, num_tokens, state_pool.shape[0])
     group = heads // q.shape[1]
     q, k = (jnp.repeat(x.astype(dtype), group, axis=1) for x in (q, k))
@@ -144,7 +151,7 @@ def recurrent(
     def step(states: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q_t, k_t, v_t, g_t, n, live = token
         state = jnp.exp(g_t)[:, None, None] * states[n] + k_t[:, :, None] * v_t[:, None, :]
-        o_t = scale * jnp.einsum("hk,hkv->hv", q_t, state, precision=lax.Precision.HIGHEST)
+        o_t = factor * jnp.einsum("hk,hkv->hv", q_t, state, precision=lax.Precision.HIGHEST)
         return states.at[n].set(jnp.where(live, state, states[n])), jnp.where(live, o_t, 0)
 
     states = initial_states(state_pool, reqs, dtype)
@@ -168,7 +175,7 @@ def chunked(
     decay: Decay,
     scale: float | None = None,
     chunk: int = 64,
-    operands: jnp.dtype = jnp.float32,
+    operands: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
     """`recurrent`, by chunks of at most `chunk` tokens of one request.
 
@@ -185,7 +192,7 @@ def chunked(
     """
     num_tokens, heads = v.shape[:2]
     num_requests = slot_ids.shape[0]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     if not num_tokens or not num_requests:
         return jnp.zeros_like(v), state_pool
     reqs = requests(cu_seqlens, slot_ids, has_state, num_tokens, state_pool.shape[0])
@@ -228,7 +235,7 @@ def chunked(
 
     _, (before, after) = lax.scan(step, jnp.zeros_like(starts[0]), (opens, owner, last, update))
     o = product("chij,chjv->chiv", weights, v_in)
-    o = scale * (o + jnp.exp(b)[..., None] * product("chik,chkv->chiv", q, before))
+    o = factor * (o + jnp.exp(b)[..., None] * product("chik,chkv->chiv", q, before))
     o = jnp.zeros(v.shape, jnp.float32).at[rows].set(jnp.moveaxis(o, 2, 1), mode="drop")
     final = after[jnp.maximum(ends - 1, 0)]
     pool = state_pool.at[reqs.store].set(final.astype(state_pool.dtype), mode="drop")
