@@ -258,6 +258,12 @@ def repeat(times: int, action: Callable[[jax.Array], None]) -> None:
     lax.fori_loop(0, times, lambda i, _: action(i), None)
 
 
+def like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """The shape of an output that varies over the same manual mesh axes as x."""
+    axes = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes)
+
+
 def gla_kernel(
     batch: Batch,
     operands: tuple[jax.Array, ...],
@@ -304,10 +310,7 @@ def gla_kernel(
             out_specs=[hbm, hbm],
             scratch_shapes=[Scratch.shapes(problem, plan)],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-            jax.ShapeDtypeStruct(pool.shape, pool.dtype),
-        ],
+        out_shape=[like(v), like(pool)],
         input_output_aliases={scalars + 4: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_allowed(problem, plan)

@@ -1,0 +1,180 @@
+"""Independent oracles in numpy float64, batch builders, and error measures.
+
+`exact` is the recurrence. `rounded` does float64 arithmetic on exactly the operands that the kernel
+rounds to bf16 before a matrix product, cut into chunks as the kernel cuts them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+import gla
+
+ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Arguments of `gla.gla`, as numpy arrays."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    pool: np.ndarray
+    slots: np.ndarray
+    cu: np.ndarray
+    known: np.ndarray
+    g: np.ndarray  # [heads] or [tokens, heads]
+
+    def args(self):
+        return tuple(
+            jnp.asarray(x)
+            for x in (self.q, self.k, self.v, self.pool, self.slots, self.cu, self.known)
+        )
+
+    @property
+    def decay(self):
+        kind = gla.HeadDecay if self.g.ndim == 1 else gla.TokenDecay
+        return kind(jnp.asarray(self.g))
+
+
+def random_batch(
+    seed,
+    lengths,
+    *,
+    tokens=None,
+    gap=0,
+    qk_heads=2,
+    heads=2,
+    dims=(128, 128),
+    dtype=ml_dtypes.bfloat16,
+    state=np.float32,
+    per_token=False,
+    slots=None,
+    known=None,
+    strongest=1.0,
+):
+    """A batch with requests of the given lengths, `gap` rows before the first."""
+    rng = np.random.default_rng(seed)
+    count = len(lengths)
+    cu = (gap + np.cumsum([0, *lengths])).astype(np.int32)
+    tokens = int(cu[-1]) if tokens is None else tokens
+    draw = rng.standard_normal
+    size = (tokens, heads) if per_token else (heads,)
+    return Batch(
+        q=draw((tokens, qk_heads, dims[0])).astype(dtype),
+        k=draw((tokens, qk_heads, dims[0])).astype(dtype),
+        v=draw((tokens, heads, dims[1])).astype(dtype),
+        pool=draw((count + 3, heads, *dims)).astype(state),
+        slots=(1 + rng.permutation(count) if slots is None else np.asarray(slots)).astype(np.int32),
+        cu=cu,
+        known=rng.random(count) < 0.6 if known is None else np.asarray(known, bool),
+        g=-rng.uniform(1e-5, strongest, size).astype(np.float32),
+    )
+
+
+def wide(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def bf16(x):
+    return x.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def cut(start, length, window=128, batch_invariant=False):
+    """Lengths of the chunks of a request, as documented in gla.schedule."""
+    found = []
+    row = start
+    while length:
+        most = window - ROWS if batch_invariant else window - row % ROWS
+        found.append(min(length, most))
+        row, length = row + found[-1], length - found[-1]
+    return found
+
+
+def rows_of(batch):
+    """[N] first row and end of each request, by the documented rules."""
+    tokens = batch.q.shape[0]
+    bounds = np.maximum.accumulate(np.clip(batch.cu.astype(np.int64), 0, tokens))
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def run(batch, request, scale=None):
+    """Applies `request(q, k, v, g, state, start) -> (o, state)` to each request."""
+    heads = batch.v.shape[1]
+    group = heads // batch.q.shape[1]
+    q, k = (np.repeat(wide(x), group, axis=1) for x in (batch.q, batch.k))
+    v, pool = wide(batch.v), wide(batch.pool)
+    g = np.clip(wide(batch.g), -30, 0)
+    g = np.broadcast_to(g, (len(q), heads)) if g.ndim == 1 else g
+    scale = batch.q.shape[-1] ** -0.5 if scale is None else scale
+    o, after = np.zeros(v.shape), pool.copy()
+    for n, (begin, end) in enumerate(rows_of(batch)):
+        slot = int(batch.slots[n])
+        if begin == end or not 0 <= slot < len(pool):
+            continue
+        state = pool[slot] if batch.known[n] else np.zeros_like(pool[0])
+        part = slice(begin, end)
+        o[part], after[slot] = request(q[part], k[part], v[part], g[part], state, begin, scale)
+    return o, after
+
+
+def recurrence(q, k, v, g, state, start, scale):
+    o = np.empty_like(v)
+    for t in range(len(q)):
+        state = np.exp(g[t])[:, None, None] * state + k[t][:, :, None] * v[t][:, None, :]
+        o[t] = scale * np.einsum("hk,hkv->hv", q[t], state)
+    return o, state
+
+
+def exact(batch, scale=None):
+    """Output and pool of the definition."""
+    return run(batch, recurrence, scale)
+
+
+def rounded(batch, *, window=128, batch_invariant=False):
+    """Output and pool of float64 arithmetic on the operands that the kernel rounds to bf16."""
+
+    def request(q, k, v, g, state, start, scale):
+        if len(q) == 1:
+            return recurrence(q, k, v, g, state, start, scale)
+        outputs, row = [], 0
+        for rows in cut(start, len(q), window, batch_invariant):
+            part = slice(row, row + rows)
+            o, state = chunk(q[part], k[part], v[part], g[part], state, scale)
+            outputs.append(o)
+            row += rows
+        return np.concatenate(outputs), state
+
+    return run(batch, request)
+
+
+def chunk(q, k, v, g, state, scale):
+    b = np.cumsum(g, axis=0)
+    o, new = np.empty_like(v), np.empty_like(state)
+    for h in range(v.shape[1]):
+        lower = np.tril(np.ones((len(q), len(q)), bool))
+        difference = np.where(lower, b[:, None, h] - b[None, :, h], -np.inf)
+        weights = bf16((q[:, h] @ k[:, h].T) * (scale * np.exp(difference)))
+        carried = (q[:, h] @ bf16(state[h])) * (scale * np.exp(b[:, h]))[:, None]
+        o[:, h] = weights @ v[:, h] + carried
+        decayed = bf16(k[:, h] * np.exp(b[-1, h] - b[:, h])[:, None])
+        new[h] = np.exp(b[-1, h]) * state[h] + decayed.T @ v[:, h]
+    return o, new
+
+
+def error(found, wanted, axis=None):
+    """Relative Frobenius error; with an axis the worst row's."""
+    found, wanted = wide(found), wide(wanted)
+    difference = np.sqrt(np.sum((found - wanted) ** 2, axis=axis))
+    size = np.sqrt(np.sum(wanted**2, axis=axis))
+    return float(np.max(difference / np.maximum(size, 1e-30))) if difference.size else 0.0
+
+
+def same_bits(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
