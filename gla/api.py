@@ -83,8 +83,8 @@ def gla(
     checks.check_choice("gla", "implementation", implementation, get_args(Implementation))
     scale = check_scale(scale, problem.key_dim)
     if validate:
-        conditions = value_rules(slot_ids, cu_seqlens, decay, problem)
-        checks.raise_if_bad("gla", conditions)
+        rules = value_rules(slot_ids, cu_seqlens, decay, state_pool.shape[0], v.shape[0])
+        checks.raise_if_bad("gla", rules)
     batch = (slot_ids, cu_seqlens, has_state)
     chosen, target = choose(implementation, problem, plan)
     if chosen == "reference":
@@ -271,18 +271,17 @@ def check_scale(scale: float | None, key_dim: int) -> float:
 
 
 def value_rules(
-    slot_ids: jax.Array, cu_seqlens: jax.Array, decay: Decay, problem: Problem
+    slot_ids: jax.Array, cu_seqlens: jax.Array, decay: Decay, num_slots: int, num_tokens: int
 ) -> list[checks.Condition]:
     """What values have to obey; -1 is the one null slot that is not a mistake."""
     index = jnp.arange(slot_ids.shape[0])
     twin = (slot_ids[:, None] == slot_ids[None, :]) & (index[None, :] < index[:, None])
     repeated = jnp.any(twin, axis=1) & (slot_ids >= 0)
     previous = jnp.concatenate([cu_seqlens[:1], cu_seqlens[:-1]])
-    tokens = decay.g.shape[0] if problem.per_token else problem.num_tokens
     return [
-        checks.in_range("slot_ids", slot_ids, -1, problem.num_slots),
+        checks.in_range("slot_ids", slot_ids, -1, num_slots),
         checks.Condition("slot_ids", slot_ids, repeated, "each slot at most once"),
-        checks.in_range("cu_seqlens", cu_seqlens, 0, tokens + 1),
+        checks.in_range("cu_seqlens", cu_seqlens, 0, num_tokens + 1),
         checks.Condition("cu_seqlens", cu_seqlens, cu_seqlens < previous, "ascending bounds"),
         checks.Condition("decay.g", decay.g, ~(decay.g <= 0), "log decays of at most 0"),
     ]

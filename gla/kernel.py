@@ -72,12 +72,16 @@ class Walk(Plumbing):
         """Fills the item's rows of its output window."""
         kind = self.schedule.kind[item]
 
-        @pl.when(kind == SKIP)
+        @pl.when(kind & FIRST != 0)
+        def _() -> None:
+            self.open_request(self.schedule.request[item])
+
+        @pl.when(kind & SKIP != 0)
         def _() -> None:
             slot = self.outputs.slot(item)
             self.vmem.o[slot] = jnp.zeros(self.vmem.o.shape[1:], self.problem.dtype)
 
-        @pl.when(kind == RUN)
+        @pl.when(kind & RUN != 0)
         def _() -> None:
             self.compute_run(item)
 
@@ -171,11 +175,9 @@ class Walk(Plumbing):
         narrow = buffer.dtype != jnp.float32
         state = self.vmem.carry if narrow else buffer
 
-        @pl.when(kind & FIRST != 0)
+        @pl.when((kind & FIRST != 0) & narrow)
         def _() -> None:
-            self.open_request(request)
-            if narrow:
-                state[...] = buffer[...].astype(jnp.float32)
+            state[...] = buffer[...].astype(jnp.float32)
 
         begin, end = self.begin(item), self.end(item)
         size = jnp.int32(self.plan.window)

@@ -145,7 +145,7 @@ class Plumbing:
 
         def exists(item: Index) -> jax.Array:
             inside = item < self.num_items
-            return inside & (self.schedule.kind[jnp.where(inside, item, 0)] != SKIP)
+            return inside & (self.schedule.kind[jnp.where(inside, item, 0)] & SKIP == 0)
 
         return Stream(copies, self.plan.inputs, exists)
 

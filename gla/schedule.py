@@ -25,8 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 ROWS = 16  # DMAs move aligned groups of this many rows: the packed tile of the narrowest input type
 
 
-SKIP, RUN, CHUNK = 0, 1, 2  # kinds of item
-FIRST, LAST = 4, 8  # added to CHUNK where the chunk opens or ends its request
+SKIP, RUN, CHUNK = 1, 2, 4  # kinds of item
+FIRST, LAST = 8, 16  # added to SKIP and CHUNK where the item opens or ends its request
 FRESH, NULL = -1, -2  # in place of a slot to load: state starts at zero; request is skipped
 
 Ref = Any
@@ -58,7 +58,7 @@ class Schedule(NamedTuple):
       row: [I] the item's first row.
       rows: [I] its rows.
       request: [I] its request (RUN: the first of `rows` consecutive ones).
-      kind: [I] SKIP, RUN, or CHUNK with FIRST and LAST.
+      kind: [I] SKIP, RUN or CHUNK, with FIRST and LAST.
       load: [R] slot to read the state from, FRESH or NULL.
       store: [R] slot to write the state to, or -1.
       owner: [slots] the last request with that slot; undefined where there is none.
@@ -157,8 +157,9 @@ def list_segment(
     schedule.row[place] = jnp.where(joins, schedule.row[place], at.row)
     schedule.rows[place] = jnp.where(joins, schedule.rows[place] + 1, opening)
     schedule.request[place] = jnp.where(joins, schedule.request[place], at.requests)
-    kind = jnp.where(live, CHUNK + FIRST + jnp.where(opening == length, LAST, 0), SKIP)
-    schedule.kind[place] = jnp.where(single, RUN, kind)
+    kind = jnp.where(live, CHUNK, SKIP)
+    opens = kind + FIRST + jnp.where(opening == length, LAST, 0)
+    schedule.kind[place] = jnp.where(single, RUN, opens)
     more = (length - opening + limits.chunk - 1) // limits.chunk
 
     def piece(i: jax.Array, _: None) -> None:
@@ -166,7 +167,7 @@ def list_segment(
         schedule.row[item] = at.row + done
         schedule.rows[item] = jnp.minimum(length - done, limits.chunk)
         schedule.request[item] = at.requests
-        schedule.kind[item] = jnp.where(live, CHUNK + jnp.where(i == more - 1, LAST, 0), SKIP)
+        schedule.kind[item] = kind + jnp.where(i == more - 1, LAST, 0)
 
     lax.fori_loop(0, more, piece, None)
     listed = Position(

@@ -1,7 +1,7 @@
 """Bundles that a batch takes in the gated-linear-attention kernel, counted in its final schedule.
 
 The kernel walks through work items in one loop, whose body has, in this order, code for items that
-are skipped, for runs of one-token requests (with a loop over them), for chunks (with a branch per
+open a request, that are skipped, for runs of one-token requests (with a loop over them), for chunks (with a branch per
 window size), and for groups of rows that two items share. A region of the schedule carries the
 guards it runs under, so the path of an item can be added up. The count is static: it says how many
 bundles are issued, not how long memory takes.

@@ -7,6 +7,7 @@ rounds to bf16 before a matrix product, cut into chunks as the kernel cuts them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -100,7 +101,7 @@ def rows_of(batch):
     """[N] first row and end of each request, by the documented rules."""
     tokens = batch.q.shape[0]
     bounds = np.maximum.accumulate(np.clip(batch.cu.astype(np.int64), 0, tokens))
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def run(batch, request, scale=None):
