@@ -1,10 +1,10 @@
 """Bundles that a batch takes in the gated-linear-attention kernel, counted in its final schedule.
 
 The kernel walks through work items in one loop, whose body has, in this order, code for items that
-open a request, that are skipped, for runs of one-token requests (with a loop over them), for chunks (with a branch per
-window size), and for groups of rows that two items share. A region of the schedule carries the
-guards it runs under, so the path of an item can be added up. The count is static: it says how many
-bundles are issued, not how long memory takes.
+open a request, that are skipped, for runs of one-token requests (with a loop over them), for chunks
+(with a branch per window size), and for groups of rows that two items share. A region of the
+schedule carries the guards it runs under, so the path of an item can be added up. The count is
+static: it says how many bundles are issued, not how long memory takes.
 """
 
 from __future__ import annotations
@@ -96,21 +96,17 @@ class Schedule:
         """One chunk of a request."""
         size = min(size for size in self.windows if size >= chunk.end)
         total = through(self.items, self.windows[size]) + self.join() * (chunk.begin > 0)
-        *_, zero, clear = [
-            x for x in self.nested if x.start < self.windows[min(self.windows)].start
-        ]
-        opening, clearing = self.parts()
         if chunk.first:
-            total += opening.bundles + (0 if resumes else zero.bundles * self.plan.heads)
+            opening = next(r.guards for r in self.items.regions if r.guards)
+            total += sum(r.bundles for r in self.items.regions if r.guards == opening)
+            total += 0 if resumes else self.nested[0].bundles * self.plan.heads
         if chunk.begin or chunk.end < size:
-            total += clearing.bundles + clear.bundles * (size // ROWS - chunk.end // ROWS)
+            smallest = self.windows[min(self.windows)].start
+            guarded = [r for r in self.items.regions if len(r.guards) > 1 and r.start < smallest]
+            clear = [x for x in self.nested if x.start < smallest][-1]
+            total += guarded[-1].bundles
+            total += clear.bundles * (size // ROWS - chunk.end // ROWS)
         return total
-
-    def parts(self) -> list[Region]:
-        """Of a chunk, before its window: what opens a request, and what clears rows outside."""
-        window = self.windows[min(self.windows)]
-        same = [r for r in self.items.regions if r.guards[:-1] == window.guards[:-1]]
-        return [r for r in same if r.start < window.start]
 
     def batch(self, lengths: Sequence[int], resumes: Sequence[bool]) -> int:
         """All items of a batch, of one grid step."""
