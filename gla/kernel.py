@@ -292,7 +292,9 @@ def gla_kernel(
     v, pool = operands[2], operands[4]
     scalars = len(batch)
     if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
-        operands = tuple(pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands)
+        operands = tuple(
+            pltpu.with_memory_space_constraint(x, pltpu.HBM) if x.ndim > 1 else x for x in operands
+        )
 
     def body(*refs: Ref) -> None:
         (q, k, v, log_decay, _), (o, pool), scratch = refs[scalars:-3], refs[-3:-1], refs[-1]

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gla.plan import Plan, Problem
 from gla.recurrent import Staged
 from gla.schedule import ROWS, SKIP, Batch, Schedule, group_start, in_group
-from gla.tables import ConstantTables, TokenTables
+from gla.tables import LANES, ConstantTables, TokenTables
 from tpukit.buffers import Index, Stream
 
 Ref = Any
@@ -118,8 +118,9 @@ class Plumbing:
 
     def lanes(self, width: int) -> Any:
         """The lanes of this block in a row of all heads, `width` of them."""
-        start = self.block * width
-        return pl.ds(pl.multiple_of(start, 128) if width % 128 == 0 else start, width)
+        if self.plan.heads == self.problem.heads:
+            return pl.ds(0, width)
+        return pl.ds(pl.multiple_of(self.block * width, LANES), width)
 
     def rows(self, item: Index, count: jax.Array) -> Any:
         """`count` rows of HBM from the item's first group; both multiples of ROWS."""

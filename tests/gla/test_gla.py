@@ -62,7 +62,8 @@ def check_gates(batch, o, pool, **cut):
     if batch.pool.dtype == np.float32:
         assert oracle.error(pool, states) <= STATE_A
     exact, exact_states = oracle.exact(batch)
-    plain, plain_states = reference.chunked(*batch.args(), decay=batch.decay, operands=jnp.bfloat16)
+    options = {"operands": jnp.bfloat16, "chunk": cut.get("window", 128)}
+    plain, plain_states = reference.chunked(*batch.args(), decay=batch.decay, **options)
     assert oracle.error(o, exact) <= min(3.5e-3, 1.1 * oracle.error(plain, exact) + 1e-7)
     assert oracle.error(pool, exact_states) <= 1.1 * oracle.error(plain_states, exact_states) + 1e-7
 

@@ -118,7 +118,7 @@ MUTANTS = {
     "store not awaited": (plumbing.Plumbing, "stores", without_wait("stores")),
     "output not awaited": (plumbing.Plumbing, "outputs", without_wait("outputs")),
     "wrong row of q": (recurrent, "pick", lambda c, lane, width: good_pick(c, lane ^ 1, width)),
-    "wrong head of q and k": (plumbing.Problem, "group", property(lambda self: 1)),
+    "heads in the wrong order": (kernel.Walk, "value_lanes", lambda self, h: slice((h ^ 1) * 128, ((h ^ 1) + 1) * 128)),
     "null request not skipped": (schedule, "NULL", schedule.FRESH),
     "first of repeated slots kept": (kernel, "list_items", first_kept),
     "decay of the next token": (tables.ConstantTables, "token", lambda self, *args: good_decay(self, *args) ** 2),

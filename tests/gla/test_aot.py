@@ -1,0 +1,138 @@
+"""The real TPU compiler accepts every option and every production shape, for every chip."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import gla
+from gla.plan import vmem_bytes
+from microbench.cases import gla as cases
+from microbench.cases._gla_bundles import Schedule
+from tpukit import aot
+
+CHIPS = ("v5e", "v6e", "tpu7x")
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    tokens: int = 256
+    requests: int = 8
+    qk_heads: int = 4
+    heads: int = 4
+    key_dim: int = 128
+    value_dim: int = 128
+    dtype: jnp.dtype = BF16
+    state: jnp.dtype = F32
+    per_token: bool = False
+    batch_invariant: bool = False
+
+    def call(self):
+        """The function on flat rows, as a model's projections leave them, and its shapes."""
+
+        def fn(q, k, v, pool, slots, cu, known, g):
+            decay = gla.TokenDecay(g) if self.per_token else gla.HeadDecay(g)
+            q, k = (x.reshape(self.tokens, self.qk_heads, self.key_dim) for x in (q, k))
+            v = v.reshape(self.tokens, self.heads, self.value_dim)
+            options = {"batch_invariant": self.batch_invariant, "implementation": "pallas"}
+            o, pool = gla.gla(q, k, v, pool, slots, cu, known, decay=decay, **options)
+            return o.reshape(self.tokens, -1), pool
+
+        def array(*shape, dtype=jnp.int32):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        qk = array(self.tokens, self.qk_heads * self.key_dim, dtype=self.dtype)
+        vo = array(self.tokens, self.heads * self.value_dim, dtype=self.dtype)
+        pool = array(self.requests + 2, self.heads, self.key_dim, self.value_dim, dtype=self.state)
+        g = (self.tokens, self.heads) if self.per_token else (self.heads,)
+        n = self.requests
+        scalars = (array(n), array(n + 1), array(n, dtype=jnp.bool_))
+        args = (qk, qk, vo, pool, *scalars, array(*g, dtype=F32))
+        return jax.jit(fn, donate_argnums=3), args
+
+
+OPTIONS = {
+    "per token": Shape(per_token=True),
+    "f32": Shape(dtype=F32),
+    "f32 per token": Shape(dtype=F32, per_token=True),
+    "bf16 state": Shape(state=BF16),
+    "bf16 state per token": Shape(state=BF16, per_token=True),
+    "dims 64": Shape(key_dim=64, value_dim=64),
+    "dims 64 per token": Shape(key_dim=64, value_dim=64, per_token=True),
+    "dims 256": Shape(key_dim=256, value_dim=256),
+    "dims 256 per token": Shape(key_dim=256, value_dim=256, per_token=True),
+    "dims 64 and 256": Shape(key_dim=64, value_dim=256),
+    "dims 256 and 128": Shape(key_dim=256, value_dim=128),
+    "dims 128 and 64, f32": Shape(key_dim=128, value_dim=64, dtype=F32),
+    "grouped": Shape(qk_heads=2, heads=8),
+    "one head": Shape(qk_heads=1, heads=1),
+    "odd heads of dim 64": Shape(qk_heads=3, heads=3, key_dim=64, value_dim=64),
+    "batch invariant": Shape(batch_invariant=True),
+    "batch invariant per token": Shape(batch_invariant=True, per_token=True),
+    "odd number of rows": Shape(tokens=250),
+}
+
+PRODUCTION = {
+    f"{model} {name}": Shape(tokens, requests, heads, heads)
+    for model, heads in (("1t", 16), ("flash", 8))
+    for name, tokens, requests in (
+        ("prefill", 8192, 1),
+        ("step", 2048, 32),
+        ("decode", 64, 64),
+        ("decode 512", 512, 512),
+        ("long", 65536, 4),
+    )
+} | {
+    "1t, all 64 heads": Shape(2048, 32, 64, 64),
+    "step per token": Shape(2048, 32, 16, 16, per_token=True),
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_compiles(name, chip):
+    fn, args = OPTIONS[name].call()
+    assert aot.compile_for(fn, *args, chip=chip).kernels
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_production_shapes_compile_without_copies(name, chip):
+    shape = PRODUCTION[name]
+    fn, args = shape.call()
+    compiled = aot.compile_for(fn, *args, chip=chip)
+    assert compiled.kernels
+    if not shape.per_token:  # whose [tokens, heads] decays are laid out anew
+        assert compiled.temp_bytes < 2**20  # nothing of the size of an operand
+        assert compiled.code_bytes <= (500_000 if chip == "tpu7x" else 700_000)
+
+
+def test_v5p_compiles():
+    fn, args = Shape().call()
+    assert aot.compile_for(fn, *args, chip="v5p").kernels
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_static_figures_do_not_regress(chip):
+    (case,) = [case for case in cases.CASES if case.name == "ling-2.6-1t/step"]
+    target, arguments = cases.aot_target(case)
+    report = aot.static_report(target, chip, **arguments)
+    plan = gla.Plan(heads=16)
+    schedule = Schedule.of(report.kernel("gla"), plan)
+    steady = schedule.steady() / (plan.window * plan.heads)
+    decode = (schedule.request() + schedule.run() / 16) / plan.heads
+    limits = {"tpu7x": (0.9, 60), "v6e": (1.0, 60), "v5e": (1.25, 75)}[chip]
+    assert 0.3 < steady <= limits[0]
+    assert 20 < decode <= limits[1]
+    assert not [op for op in report.other_ops if "[2048,2048]" in op.shape]
+    problem = gla.api.problem_of(*as_gla(cases.build(chip, **arguments)[1]))
+    assert vmem_bytes(problem, plan) == pytest.approx(report.kernel("gla").vmem_bytes, rel=0.1)
+
+
+def as_gla(args):
+    """Arguments of `problem_of` for the flat arrays of a case."""
+    q, k, v, pool, slots, cu, known, g = args
+    flat = [jax.ShapeDtypeStruct((x.shape[0], 16, 128), x.dtype) for x in (q, k, v)]
+    return *flat, pool, slots, cu, known, gla.HeadDecay(g), False
