@@ -299,11 +299,13 @@ def choose(
     supported = here is not None and here.name in SUPPORTED_CHIPS
     target = here or chip_named("tpu7x")
     if implementation == "auto":
+        if not supported:
+            return "reference", target
         try:
             plan_for(problem, target, plan)
         except UnsupportedError:
-            supported = False
-        return ("pallas" if supported else "reference"), target
+            return "reference", target
+        return "pallas", target
     if implementation == "pallas" and not supported:
         raise UnsupportedError(
             where="gla",

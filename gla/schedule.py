@@ -24,7 +24,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 ROWS = 16  # DMAs move aligned groups of this many rows: the packed tile of the narrowest input type
 
-
 SKIP, RUN, CHUNK = 1, 2, 4  # kinds of item
 FIRST, LAST = 8, 16  # added to SKIP and CHUNK where the item opens or ends its request
 FRESH, NULL = -1, -2  # in place of a slot to load: state starts at zero; request is skipped

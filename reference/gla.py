@@ -22,9 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-MIN_LOG_DECAY = (
-    -30.0
-)  # e^-30 forgets everything in f32; sums of lower values would lose their digits
+# e^-30 forgets everything in f32; sums of lower values would lose their digits
+MIN_LOG_DECAY = -30.0
 
 
 @jax.tree_util.register_dataclass
