@@ -175,9 +175,11 @@ class Walk(Plumbing):
         narrow = buffer.dtype != jnp.float32
         state = self.vmem.carry if narrow else buffer
 
-        @pl.when((kind & FIRST != 0) & narrow)
-        def _() -> None:
-            state[...] = buffer[...].astype(jnp.float32)
+        if narrow:
+
+            @pl.when(kind & FIRST != 0)
+            def _() -> None:
+                state[...] = buffer[...].astype(jnp.float32)
 
         begin, end = self.begin(item), self.end(item)
         size = jnp.int32(self.plan.window)

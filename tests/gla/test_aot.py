@@ -9,7 +9,8 @@ import pytest
 import gla
 from gla.plan import vmem_bytes
 from microbench.cases import gla as cases
-from microbench.cases._gla_bundles import Schedule
+from microbench.cases._gla_bundles import Schedule, chunks
+from tests.gla import oracle
 from tpukit import aot
 
 CHIPS = ("v5e", "v6e", "tpu7x")
@@ -129,6 +130,11 @@ def test_static_figures_do_not_regress(chip):
     assert not [op for op in report.other_ops if "[2048,2048]" in op.shape]
     problem = gla.api.problem_of(*as_gla(cases.build(chip, **arguments)[1]))
     assert vmem_bytes(problem, plan) == pytest.approx(report.kernel("gla").vmem_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("row", [0, 5, 21])
+def test_counted_chunks_are_the_kernels(row):
+    assert [c.rows for c in chunks(row, 300, 128)] == oracle.cut(row, 300)
 
 
 def as_gla(args):
