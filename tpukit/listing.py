@@ -15,25 +15,26 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tpukit.chips import Chip
+from tpukit.dumps import (
+    ALLOCATIONS,
+    SCHEDULE,
+    SLOT_USE,
+    Branch,
+    Bundle,
+    dump_path,
+    find_branches,
+    read_allocations,
+    read_bundles,
+    read_slots,
+)
 from tpukit.errors import ListingError
 
-_BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +((?:[A-Z]{2} ?)*): *(>*) *(\{.*)$", re.DOTALL)
-_ADDRESS = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2} ?)*:")
-_LABELS = frozenset({"LH", "LB", "LE", "PB", "PF", "CT"})
-_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
-_REGION = re.compile(r"(Start/End empty|Start|End) region (\d+)")
 _OPERATION = re.compile(
     r"^(?:%\S+ = )?"
     r"([a-z][a-z0-9_]*(?:\.(?:[a-z0-9_]+(?:\[\d+\])?|<no memory space>))*)(?= |$)"
 )
-_BRANCH = re.compile(r"^%\S+ = sbr\.rel (?:\((!?%\w+)\) )?target = \$region(\d+)$")
 _DMA_START = re.compile(r"^dma\.(?:general|(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem))$")
 _DMA_WAIT = re.compile(r"^dma\.done\.wait$")
-_SLOTS = ("mxu", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
-_SLOT_HEADER = "MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU"
-_ALLOCATION = re.compile(
-    r"^ *#allocation\d+ \[shape = '([^']*)', space=(\w+), size = (\w+),.*? scoped, tag = '(.*)'\]$"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,29 +185,6 @@ class Kernel:
         return sum(buffer.size for buffer in self.buffers if buffer.space == "smem")
 
 
-@dataclasses.dataclass
-class _Bundle:
-    line: int
-    labels: frozenset[str]
-    depth: int
-    marks: list[tuple[str, int]]
-    operations: list[str]
-    weight: int = 1
-
-    @property
-    def branch(self) -> re.Match[str] | None:
-        return next(filter(None, map(_BRANCH.match, self.operations)), None)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Branch:
-    """A branch that takes effect after the bundle before `end`; `target` is an address."""
-
-    end: int
-    target: int
-    predicate: str | None
-
-
 def parse_kernel(name: str, schedule: Path, slots: Path, allocations: Path, chip: Chip) -> Kernel:
     """Reads the three dumps of one kernel.
 
@@ -220,12 +198,12 @@ def parse_kernel(name: str, schedule: Path, slots: Path, allocations: Path, chip
     Raises:
       ListingError: a dump holds something unknown, or they contradict each other.
     """
-    bundles = _read_bundles(schedule)
-    use = _read_slots(slots)
+    bundles = read_bundles(schedule)
+    use = read_slots(slots)
     if len(use) != len(bundles):
         what = f"{len(use)} rows for the {len(bundles)} bundles of {schedule.name}"
         raise ListingError(file=slots.name, line=0, what=what)
-    branches = _branches(schedule.name, bundles, chip)
+    branches = find_branches(schedule.name, bundles, chip)
     ops = [_ops(schedule.name, b, row) for b, row in zip(bundles, use, strict=True)]
     spans = _loop_spans(schedule.name, bundles, branches)
     regions = _regions(bundles, branches, spans, ops)
@@ -234,7 +212,11 @@ def parse_kernel(name: str, schedule: Path, slots: Path, allocations: Path, chip
         bundles=sum(bundle.weight for bundle in bundles),
         loops=_loop_tree(spans, regions),
         outside=tuple(region for who, region in regions if who is None),
-        buffers=_read_buffers(allocations),
+        buffers=tuple(
+            Buffer(space=x.space, size=x.size, shape=x.shape, what=x.what)
+            for x in read_allocations(allocations)
+            if x.offset is None
+        ),
     )
 
 
@@ -247,69 +229,18 @@ def parse_directory(directory: Path, kernels: Iterable[str], chip: Chip) -> tupl
     found = []
     for name in kernels:
         parts = [
-            _dump(directory, name, what)
+            dump_path(directory, name, what)
             for what in (
-                "final_bundles",
-                "final_hlo-static-per-bundle-utilization",
-                "pre-finalize-registers-and-allocations",
+                SCHEDULE,
+                SLOT_USE,
+                ALLOCATIONS,
             )
         ]
         found.append(parse_kernel(name, parts[0], parts[1], parts[2], chip))
     return tuple(found)
 
 
-def _dump(directory: Path, kernel: str, what: str) -> Path:
-    pattern = re.compile(rf"^\d+-{re.escape(kernel)}-\d+-{re.escape(what)}\.txt$")
-    paths = sorted(path for path in directory.iterdir() if pattern.match(path.name))
-    if not paths:
-        raise ListingError(file=str(directory.name), line=0, what=f"no dump {what} of {kernel}")
-    return paths[-1]
-
-
-def _read_bundles(path: Path) -> list[_Bundle]:
-    lines = path.read_text().splitlines()
-    starts = [number for number, line in enumerate(lines) if _ADDRESS.match(line)]
-    if not starts:
-        raise ListingError(file=path.name, line=0, what="no bundles")
-    bundles = []
-    for start, stop in zip(starts, [*starts[1:], len(lines)], strict=True):
-        # Long comments of an operation run over several lines.
-        bundle = _bundle(path.name, start + 1, "\n".join(lines[start:stop]).strip("\n"))
-        if bundle is None or int(lines[start].split()[0], 16) != len(bundles):
-            raise ListingError(file=path.name, line=start + 1, what=f"bundle {lines[start][:80]!r}")
-        bundles.append(bundle)
-    return bundles
-
-
-def _bundle(file: str, line: int, text: str) -> _Bundle | None:
-    match = _BUNDLE.match(text)
-    if match is None:
-        return None
-    labels = frozenset(match[2].split())
-    if not labels <= _LABELS:
-        raise ListingError(file=file, line=line, what=f"label {match[2].strip()!r}")
-    marks = [(kind, int(n)) for note in _COMMENT.findall(text) for kind, n in _REGION.findall(note)]
-    body = _COMMENT.sub("", match[4]).strip()
-    if not (body.startswith("{") and body.endswith("}")):
-        return None
-    operations = [" ".join(part.split()) for part in body[1:-1].split(";;")]
-    return _Bundle(line, labels, len(match[3]), marks, [part for part in operations if part])
-
-
-def _read_slots(path: Path) -> list[tuple[int, ...]]:
-    lines = path.read_text().splitlines()
-    if len(lines) < 4 or lines[1].strip() != _SLOT_HEADER:
-        raise ListingError(file=path.name, line=2, what=f"columns other than {_SLOT_HEADER!r}")
-    rows = []
-    for number, line in enumerate(lines[4:], start=5):
-        row = tuple(int(word) for word in line.split() if word.isdigit())
-        if len(row) != len(_SLOTS) or len(line.split()) != len(_SLOTS):
-            raise ListingError(file=path.name, line=number, what=f"row {line!r}")
-        rows.append(row)
-    return rows
-
-
-def _ops(file: str, bundle: _Bundle, use: tuple[int, ...]) -> tuple[int, ...]:
+def _ops(file: str, bundle: Bundle, use: tuple[int, ...]) -> tuple[int, ...]:
     matmuls = matpushes = starts = waits = 0
     for operation in bundle.operations:
         match = _OPERATION.match(operation)
@@ -323,74 +254,12 @@ def _ops(file: str, bundle: _Bundle, use: tuple[int, ...]) -> tuple[int, ...]:
             waits += bool(_DMA_WAIT.match(opcode))
             if not (_DMA_START.match(opcode) or _DMA_WAIT.match(opcode)):
                 raise ListingError(file=file, line=bundle.line, what=f"transfer {opcode!r}")
-        if opcode.startswith("sbr") and not _BRANCH.match(operation):
+        if opcode.startswith("sbr") and bundle.branch is None:
             raise ListingError(file=file, line=bundle.line, what=f"branch {operation[:80]!r}")
     return (*use, matmuls, matpushes, starts, waits)
 
 
-def _read_buffers(path: Path) -> tuple[Buffer, ...]:
-    buffers = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.lstrip().startswith("#allocation") or "fixed_abs" in line:
-            continue
-        match = _ALLOCATION.match(line)
-        if match is None:
-            what = f"allocation {line.strip()[:80]!r}"
-            raise ListingError(file=path.name, line=number, what=what)
-        shape, space, size, what = match.groups()
-        buffers.append(Buffer(space=space, size=int(size, 0), shape=shape, what=what))
-    return tuple(buffers)
-
-
-def _branches(file: str, bundles: list[_Bundle], chip: Chip) -> list[_Branch]:
-    """Finds the branches and weighs folded delay slots; regions are targets by number."""
-    where = {
-        number: address
-        for address, bundle in enumerate(bundles)
-        for kind, number in bundle.marks
-        if kind != "End"
-    }
-    found = []
-    for address, bundle in enumerate(bundles):
-        match = bundle.branch
-        if match is None:
-            continue
-        target = where.get(int(match[2]))
-        if target is None and "PF" in bundles[-1].labels and not bundles[-1].marks:
-            target = len(bundles) - 1  # An early exit goes to the last bundle, which has no number.
-        if target is None:
-            raise ListingError(file=file, line=bundle.line, what=f"no start of region {match[2]}")
-        end = address + 1 + _delay_slots(bundles, address, chip)
-        found.append(_Branch(end=end, target=target, predicate=match[1]))
-    return found
-
-
-def _delay_slots(bundles: list[_Bundle], branch: int, chip: Chip) -> int:
-    """Counts the bundles after a branch that issue before it is taken; unfolds a folded tail."""
-    window = range(branch + 1, min(branch + 1 + chip.branch_delay, len(bundles)))
-    if not chip.folds_delay:
-        return len(window)
-    after = next((i for i in window if bundles[i].branch), len(bundles))
-    empty = [i for i in window if i < after and not bundles[i].operations]
-    last = bundles[window[-1]] if window else None
-    full = last is not None and after > window[-1] and any(kind == "End" for kind, _ in last.marks)
-    if full or not empty:
-        return len(window)
-    # The tail is the empty bundle at which the next region begins, else the last one there is.
-    begins = (i for i in empty if i + 1 < len(bundles) and _begins(bundles[i + 1]))
-    tail = next(begins, empty[-1])
-    slots = tail - branch
-    bundles[tail].weight = 1 + chip.branch_delay - slots
-    return slots
-
-
-def _begins(bundle: _Bundle) -> bool:
-    return bool(bundle.labels) or any(kind != "End" for kind, _ in bundle.marks)
-
-
-def _loop_spans(
-    file: str, bundles: list[_Bundle], branches: list[_Branch]
-) -> list[tuple[int, int]]:
+def _loop_spans(file: str, bundles: list[Bundle], branches: list[Branch]) -> list[tuple[int, int]]:
     """Returns the address ranges of loops, outer before inner; checks them against the labels."""
     ends: dict[int, int] = {}
     for branch in branches:
@@ -410,8 +279,8 @@ def _loop_spans(
 
 
 def _regions(
-    bundles: list[_Bundle],
-    branches: list[_Branch],
+    bundles: list[Bundle],
+    branches: list[Branch],
     spans: list[tuple[int, int]],
     ops: list[tuple[int, ...]],
 ) -> list[tuple[int | None, Region]]:
@@ -441,7 +310,7 @@ def _regions(
     return regions
 
 
-def _guards(address: int, branches: list[_Branch]) -> tuple[str, ...]:
+def _guards(address: int, branches: list[Branch]) -> tuple[str, ...]:
     guards = []
     for branch in branches:
         if not branch.end <= address < branch.target:
