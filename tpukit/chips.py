@@ -51,6 +51,7 @@ class Chip:
       mxus, mxu_side: matrix units, and rows (= columns) of each.
       dma_granule_bytes: smallest unit that a DMA moves.
       branch_delay: bundles that are issued after a branch before it takes effect.
+      hbm_address_bytes: unit of HBM addresses in its schedules.
       folds_delay: the compiler writes a trailing run of empty delay slots as one empty bundle.
       sparse: the SparseCores, or None.
     """
@@ -74,6 +75,7 @@ class Chip:
     smem_bytes: int = _MIB
     dma_granule_bytes: int = 32
     branch_delay: int = 4
+    hbm_address_bytes: int = 32
     folds_delay: bool = False
     sparse: SparseCores | None = None
 
@@ -95,6 +97,7 @@ _TABLE = (
         bf16_tflops=197.0,
         int8_tops=394.0,
         fp8_tflops=0.0,
+        hbm_address_bytes=512,
         hbm_gb_per_s=820.0,
         hbm_bytes=17_200_000_000,
         vmem_bytes=128 * _MIB,
@@ -113,6 +116,7 @@ _TABLE = (
         bf16_tflops=229.5,
         int8_tops=459.0,
         fp8_tflops=0.0,
+        hbm_address_bytes=512,
         hbm_gb_per_s=1230.0,
         hbm_bytes=51_500_000_000,
         vmem_bytes=64 * _MIB,

@@ -1,0 +1,307 @@
+"""The clock of a replay: bundles, matrix units, transfers and semaphores.
+
+Time is in cycles. A bundle takes one. A matrix unit works through its operations in order and holds
+up to `queue` of them; issue stalls while it is full. Transfers that touch HBM share one queue: each
+occupies it for its bytes over the bandwidth and completes a latency later, adding its granules to
+its semaphore. A wait stalls until the semaphore has enough.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import heapq
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tpukit import chips
+
+from tpukit.predict.instructions import Declaration
+from tpukit.predict.program import END, GRANULE_BYTES, HBM_BASE, SMEM_BASE, VMEM_WORD_BYTES, Program
+from tpukit.predict.rates import Rates
+from tpukit.predict.values import MASK, UNKNOWN, Unpredictable, known
+
+MAX_TRANSFER_BYTES = 1 << 30
+_WORD = 4
+
+
+class ReplayError(Exception):
+    """A replay that cannot be right: it stops with the place, and gives no number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """What the replay knows of an operand: its size in bytes and, for scalars, its words."""
+
+    size: int
+    words: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Something that lasted: `what` in cycles [start, end)."""
+
+    what: str
+    start: int
+    end: int
+    detail: str = ""
+
+
+@dataclasses.dataclass
+class Totals:
+    """What was counted.
+
+    Attributes:
+      visits: passes over each segment.
+      stalls: cycles by (cause, address); causes are "dma", "semaphore" and "mxu".
+      moved: bytes by direction ("hbm_to_vmem").
+      transfers: number by direction.
+      hbm_busy: cycles that the HBM queue was occupied.
+      mxu_busy: cycles of matrix work, over all units.
+    """
+
+    visits: list[int]
+    stalls: collections.Counter[tuple[str, int]]
+    moved: collections.Counter[str]
+    transfers: collections.Counter[str]
+    hbm_busy: float = 0.0
+    mxu_busy: int = 0
+
+
+class Machine:
+    """A TensorCore that replays a program."""
+
+    def __init__(self, program: Program, rates: Rates, operands: Mapping[int, Operand]) -> None:
+        self.program = program
+        self.rates = rates
+        self.now = 0
+        self.s: list[Any] = [UNKNOWN] * 64
+        self.p: list[Any] = [UNKNOWN] * 32
+        self.mem: dict[int, Any] = {1: 0}  # word 1 holds the number of the core
+        self.taken = [False] * program.branches
+        self.tokens: dict[str, Any] = {}
+        self.flags: collections.Counter[int] = collections.Counter()
+        self.pending: list[tuple[int, int, int, int]] = []
+        self.hbm_free = 0.0
+        self.local_free = 0.0
+        self.count = 0
+        self.totals = Totals(
+            visits=[0] * len(program.segments),
+            stalls=collections.Counter(),
+            moved=collections.Counter(),
+            transfers=collections.Counter(),
+        )
+        self.spans: list[Span] | None = None
+        self.scalars: list[tuple[int, np.ndarray]] = []
+        self._units: tuple[tuple[int, ...], ...] = ((),) * rates.mxus
+        self._stalls: dict[Any, tuple[int, tuple[tuple[int, ...], ...]]] = {}
+        self._costs = [
+            [(cycle, unit, rates.matmul_cycles(dtype)) for cycle, unit, dtype in seg.matmuls]
+            for seg in program.segments
+        ]
+        self._busy = [sum(cost for *_, cost in costs) for costs in self._costs]
+        for declaration in program.declarations:
+            self._declare(declaration, operands)
+
+    def _declare(self, one: Declaration, operands: Mapping[int, Operand]) -> None:
+        """Gives an operand its address, or its value."""
+        operand = operands.get(one.index)
+        number = int(one.register[2:-1])
+        if operand is None:
+            raise ReplayError(
+                f"operand {one.index} ({one.shape}) of {self.program.name} is missing"
+            )
+        if one.space == "value":
+            words = operand.words
+            self.s[number] = UNKNOWN if words is None else int(words[0])
+            return
+        granules = -(-operand.size // GRANULE_BYTES)
+        place = getattr(self, f"_next_{one.space}", None)
+        if one.space == "hbm":
+            start = HBM_BASE if place is None else place
+            self._next_hbm = start + -(-granules // 1024) * 1024 + 1024
+            place = start * GRANULE_BYTES // chips.chip(self.rates.chip).hbm_address_bytes
+        elif one.space == "vmem":
+            place = self.program.vmem_end + 64 if place is None else place
+            self._next_vmem = place + -(-operand.size // VMEM_WORD_BYTES) + 8
+            start = place * (VMEM_WORD_BYTES // GRANULE_BYTES)
+        else:
+            place = SMEM_BASE + 0x60000 if place is None else place
+            self._next_smem = place + -(-operand.size // _WORD) + 128
+            if operand.words is not None:
+                self.mem.update(enumerate(map(int, operand.words), start=place))
+            start = None
+        self.s[number] = place
+        if operand.words is not None and start is not None:
+            self.scalars.append((start, operand.words))
+
+    def run(self, limit: int = 1 << 40) -> int:
+        """Replays to the end; returns the cycles.
+
+        Raises:
+          ReplayError: the replay cannot be right.
+        """
+        blocks, s, p, mem, taken = self.program.blocks, self.s, self.p, self.mem, self.taken
+        at = 0
+        try:
+            while at != END:
+                if self.now > limit:
+                    raise ReplayError(f"more than {limit} cycles")
+                last, at = at, blocks[at](self, s, p, mem, taken)
+        except Unpredictable as error:
+            where = self.program.starts[at]
+            raise ReplayError(f"{self.program.name}, block at {where:#x}: {error}") from error
+        del last
+        if self.pending:
+            raise ReplayError(f"{self.program.name}: {len(self.pending)} transfers never awaited")
+        return self.now
+
+    def step(self, number: int) -> None:
+        """The bundles of a segment were issued."""
+        self.totals.visits[number] += 1
+        segment = self.program.segments[number]
+        if not self._costs[number]:
+            self.now += segment.cycles
+            self._units = self._aged(self._units, segment.cycles)
+            return
+        key = (number, self._units)
+        result = self._stalls.get(key)
+        if result is None:
+            result = self._stalls[key] = self._matmuls(number)
+        stall, self._units = result
+        if self.spans is not None:
+            self.spans.append(
+                Span("mxu", self.now, self.now + segment.cycles + stall, f"{segment.start:#x}")
+            )
+        if stall:
+            self.totals.stalls["mxu", segment.start] += stall
+        self.totals.mxu_busy += self._busy[number]
+        self.now += segment.cycles + stall
+
+    @staticmethod
+    def _aged(units: tuple[tuple[int, ...], ...], by: int) -> tuple[tuple[int, ...], ...]:
+        """The same ends of matrix operations, seen `by` cycles later."""
+        if not any(units):
+            return units
+        return tuple(tuple(end - by for end in unit if end > by) for unit in units)
+
+    def _matmuls(self, number: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
+        """Stall cycles of a segment and the ends of operations still under way after it."""
+        units = [list(unit) for unit in self._units]
+        stall = 0
+        for cycle, which, cost in self._costs[number]:
+            unit, at = units[which], cycle + stall
+            while unit and unit[0] <= at:
+                unit.pop(0)
+            if len(unit) >= self.rates.mxu_queue:
+                wait = unit[-self.rates.mxu_queue] - at
+                stall, at = stall + wait, at + wait
+            unit.append(max(at, unit[-1] if unit else 0) + cost)
+        end = self.program.segments[number].cycles + stall
+        return stall, self._aged(tuple(map(tuple, units)), end)
+
+    def transfer(self, opcode: str, place: int, *fields: Any) -> None:
+        """Starts a DMA: source, granules, destination, semaphore, and what strides it has."""
+        source, granules, destination, flag = (
+            known(value, what)
+            for value, what in zip(
+                fields,
+                ("a DMA's source", "a DMA's size", "its target", "its semaphore"),
+                strict=False,
+            )
+        )
+        size = granules * GRANULE_BYTES
+        if not 0 < size <= MAX_TRANSFER_BYTES:
+            raise ReplayError(f"{self.program.name}:{place:#x}: a transfer of {size} bytes")
+        direction = opcode.removeprefix("dma.")
+        if direction == "general":
+            direction = f"{_space(source)}_to_{_space(destination)}"
+        if direction.endswith("to_smem"):
+            self._copy_scalars(source, destination, size // _WORD)
+        through_hbm = "hbm" in direction
+        rates = self.rates
+        if through_hbm:
+            begin = max(self.now, self.hbm_free)
+            self.hbm_free = begin + rates.hbm_cycles(size)
+            done = self.hbm_free + rates.hbm_latency
+            self.totals.hbm_busy += self.hbm_free - begin
+        else:
+            begin = max(self.now, self.local_free)
+            self.local_free = begin + rates.local_cycles(size)
+            done = self.local_free + rates.local_latency_cycles
+        self.totals.moved[direction] += size
+        self.totals.transfers[direction] += 1
+        self.count += 1
+        heapq.heappush(self.pending, (int(-(-done // 1)), self.count, flag, granules))
+        if self.spans is not None:
+            self.spans.append(Span(direction, int(begin), int(done), f"{size} bytes at {place:#x}"))
+
+    def _copy_scalars(self, source: int, destination: int, words: int) -> None:
+        """Puts the words that a DMA brings into SMEM, as far as they are known."""
+        for start, values in self.scalars:
+            offset = (source - start) * (GRANULE_BYTES // _WORD)
+            if 0 <= offset < len(values):
+                part = values[offset : offset + words]
+                self.mem.update(enumerate(map(int, part), start=destination))
+                return
+
+    def wait(self, place: int, flag: int, amount: int) -> None:
+        """Waits until the semaphore has the amount; does not take it."""
+        flag, amount = known(flag, "a semaphore"), known(amount, "an amount awaited")
+        self._complete()
+        before = self.now
+        while self.flags[flag] < amount:
+            if not self.pending:
+                what = f"waits for {amount} on a semaphore that has {self.flags[flag]}, for ever"
+                raise ReplayError(f"{self.program.name}:{place:#x}: {what}")
+            self._finish()
+        if self.now > before:
+            self.totals.stalls["dma", place] += self.now - before
+            self._units = self._aged(self._units, self.now - before)
+            if self.spans is not None:
+                self.spans.append(Span("wait", before, self.now, f"{place:#x}"))
+
+    def _finish(self) -> None:
+        """Lets the next transfer complete, at its time or now if that is past."""
+        done, _, flag, granules = heapq.heappop(self.pending)
+        self.now = max(self.now, done)
+        self.flags[flag] += granules
+
+    def _complete(self) -> None:
+        """Lets all transfers complete whose time has come."""
+        while self.pending and self.pending[0][0] <= self.now:
+            self._finish()
+
+    def vsyncadd(self, flag: int, amount: int) -> None:
+        """Adds to a semaphore; large numbers are negative."""
+        amount = known(amount, "an amount")
+        signed = amount - (MASK + 1) if amount > MASK // 2 else amount
+        self.flags[known(flag, "a semaphore")] += signed
+
+    def vsyncpa(self, flag: int, value: int) -> None:
+        """Sets a semaphore."""
+        self.flags[known(flag, "a semaphore")] = known(value, "a semaphore's value")
+
+    vsyncset = vsyncpa
+
+    def flag(self, flag: int) -> int:
+        """Reads a semaphore."""
+        self._complete()
+        return self.flags[known(flag, "a semaphore")] & MASK
+
+    def halt(self, place: int, comment: str) -> None:
+        """A check that the compiler put in has fired."""
+        raise ReplayError(f"{self.program.name}:{place:#x}: a check fired: {comment[:160]}")
+
+    def check_branches(self, number: int) -> None:
+        """A branch is taken: no other may be under way."""
+        if any(flag is True for flag in self.taken):
+            raise ReplayError(f"{self.program.name}: two branches taken at once, one is {number}")
+
+
+def _space(address: int) -> str:
+    if address >= HBM_BASE:
+        return "hbm"
+    return "smem" if address >= SMEM_BASE else "vmem"

@@ -1,0 +1,162 @@
+"""What a chip can do per cycle: every constant with its value, where it is from, and its standing.
+
+Standing is "vendor" (a data sheet), "schedule" (read off the compiler's own schedules), "derived"
+(follows from those), "fitted" (on the rows named, before any other row was looked at), or "assumed"
+(nothing public to test it by).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import MappingProxyType
+
+from tpukit import chips
+from tpukit.errors import UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A number and its standing.
+
+    Attributes:
+      value: the number.
+      unit: what it counts.
+      standing: see the module.
+      source: where it is from.
+    """
+
+    value: float
+    unit: str
+    standing: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """The constants of one chip, for one TensorCore.
+
+    Attributes:
+      chip: its name.
+      clock: GHz; turns cycles into time.
+      bandwidth: of HBM, GB/s, for transfers of kernels.
+      latency: us from the end of a transfer's turn on HBM to its semaphore.
+      matmul: cycles a matrix unit is busy with 16 rows of bf16.
+      queue: matrix operations that a unit holds before issue stalls.
+      local_bandwidth, local_latency: GB/s and us of transfers that stay on the chip.
+    """
+
+    chip: str
+    clock: Constant
+    bandwidth: Constant
+    latency: Constant
+    matmul: Constant
+    queue: Constant
+    local_bandwidth: Constant
+    local_latency: Constant
+
+    @property
+    def mxus(self) -> int:
+        """Matrix units."""
+        return chips.chip(self.chip).mxus
+
+    @property
+    def mxu_queue(self) -> int:
+        """Operations a matrix unit holds."""
+        return int(self.queue.value)
+
+    @property
+    def hbm_latency(self) -> float:
+        """Cycles."""
+        return self.latency.value * 1e3 * self.clock.value
+
+    @property
+    def local_latency_cycles(self) -> float:
+        """Cycles."""
+        return self.local_latency.value * 1e3 * self.clock.value
+
+    def hbm_cycles(self, size: int) -> float:
+        """Cycles that a transfer of `size` bytes occupies HBM."""
+        return size * self.clock.value / self.bandwidth.value
+
+    def local_cycles(self, size: int) -> float:
+        """Cycles that a transfer of `size` bytes occupies the local path."""
+        return size * self.clock.value / self.local_bandwidth.value
+
+    def matmul_cycles(self, dtype: str) -> int:
+        """Cycles of one matrix operation; its operand is one vector register.
+
+        Raises:
+          UnsupportedError: the type is not modelled.
+        """
+        relative = {"bf16": 1.0, "f32": 0.5, "s8": 1.0, "u8": 1.0, "f8e4m3fn": 1.0, "f8e5m2": 1.0}
+        if dtype not in relative:
+            raise UnsupportedError(
+                where="predict",
+                what=f"matrix operations of {dtype}",
+                place=self.chip,
+                why="their rate is not modelled",
+            )
+        return int(self.matmul.value * relative[dtype])
+
+
+def _rates(
+    chip: str, clock: Constant, bandwidth: Constant, latency: Constant, matmul: int
+) -> Rates:
+    schedule = "issue intervals in the compiler's static profile of packed matrix products"
+    return Rates(
+        chip=chip,
+        clock=clock,
+        bandwidth=bandwidth,
+        latency=latency,
+        matmul=Constant(matmul, "cycles", "schedule", schedule),
+        queue=Constant(2, "operations", "fitted", "published grouped matmul on v5e, fit rows"),
+        local_bandwidth=Constant(4000.0, "GB/s", "assumed", "nothing public"),
+        local_latency=Constant(0.1, "us", "assumed", "nothing public"),
+    )
+
+
+_NOMINAL = "the vendor's data sheet"
+RATES = MappingProxyType(
+    {
+        "v5e": _rates(
+            "v5e",
+            Constant(1.5, "GHz", "derived", "peak rate over the size of the matrix units"),
+            Constant(820.0, "GB/s", "vendor", _NOMINAL),
+            Constant(0.8, "us", "fitted", "grouped matmul, fit rows"),
+            16,
+        ),
+        "v6e": _rates(
+            "v6e",
+            Constant(1.75, "GHz", "derived", "peak rate over the size of the matrix units"),
+            Constant(1330.0, "GB/s", "fitted", "flash attention, fit rows"),
+            Constant(1.0, "us", "fitted", "flash attention, fit rows"),
+            8,
+        ),
+        "tpu7x": _rates(
+            "tpu7x",
+            Constant(1.75, "GHz", "fitted", "grouped matmul, fit rows"),
+            Constant(3000.0, "GB/s", "fitted", "grouped matmul, fit rows"),
+            Constant(1.0, "us", "fitted", "grouped matmul, fit rows"),
+            8,
+        ),
+    }
+)
+
+
+def rates(chip: str) -> Rates:
+    """Returns the constants of a chip.
+
+    Raises:
+      ArgumentError: no such chip.
+      UnsupportedError: its constants are not known.
+    """
+    name = chips.chip(chip).name
+    if name not in RATES:
+        raise UnsupportedError(
+            where="predict",
+            what="a prediction",
+            place=name,
+            why="its constants are not known: published times of two-core kernels did not fit",
+            advice=f"Use one of {', '.join(RATES)}.",
+        )
+    return RATES[name]

@@ -1,0 +1,143 @@
+"""What the scalar operands of a program's kernels will be: the part of it that runs on the CPU.
+
+A kernel's page tables, group sizes and lengths are often computed by the program around it. This
+walks through the traced program and computes, on the CPU and only when asked, every value that
+follows from the arguments whose values are given. Large arrays can stay shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+_CALLS = ("jaxpr", "call_jaxpr", "call", "fun_jaxpr")
+_LOOPS = ("while", "scan")
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCall:
+    """A `pallas_call` of a program.
+
+    Attributes:
+      name: of the kernel.
+      operands: one function an operand: its value, or None where that is not known.
+    """
+
+    name: str
+    operands: tuple[Callable[[], np.ndarray | None], ...]
+
+
+class _Lazy:
+    """A value that is computed when it is asked for."""
+
+    def __init__(self, compute: Callable[[], Any]) -> None:
+        self._compute: Callable[[], Any] | None = compute
+        self._value: Any = None
+
+    def __call__(self) -> Any:
+        if self._compute is not None:
+            self._value, self._compute = self._compute(), None
+        return self._value
+
+
+def _given(value: Any) -> _Lazy:
+    return _Lazy(lambda: value)
+
+
+_NOT_KNOWN = _given(None)
+
+
+def kernel_calls(fn: Callable[..., Any], args: Sequence[Any]) -> list[KernelCall]:
+    """Traces `fn` and returns its kernel calls in program order.
+
+    Args:
+      fn: the function.
+      args: arrays, whose values count, or `jax.ShapeDtypeStruct`.
+    """
+    closed = jax.make_jaxpr(fn)(*args)
+    values = [
+        _NOT_KNOWN if isinstance(leaf, jax.ShapeDtypeStruct) else _given(leaf)
+        for leaf in jax.tree.leaves(args)
+    ]
+    calls: list[KernelCall] = []
+    _walk(closed.jaxpr, closed.consts, values, calls)
+    return calls
+
+
+def _walk(
+    jaxpr: Any, consts: Sequence[Any], values: Sequence[_Lazy], calls: list[KernelCall]
+) -> list[_Lazy]:
+    """Follows the values through a jaxpr; returns its outputs."""
+    known: dict[Any, _Lazy] = dict(zip(jaxpr.constvars, map(_given, consts), strict=True))
+    known.update(zip(jaxpr.invars, values, strict=True))
+
+    def read(atom: Any) -> _Lazy:
+        return _given(atom.val) if isinstance(atom, core.Literal) else known[atom]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(atom) for atom in eqn.invars]
+        known.update(zip(eqn.outvars, _equation(eqn, inputs, calls), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _equation(eqn: Any, inputs: Sequence[_Lazy], calls: list[KernelCall]) -> list[_Lazy]:
+    name = eqn.primitive.name
+    unknown = [_NOT_KNOWN] * len(eqn.outvars)
+    if name == "pallas_call":
+        calls.append(KernelCall(_kernel_name(eqn), tuple(inputs)))
+        return unknown
+    inner = next((eqn.params[key] for key in _CALLS if key in eqn.params), None)
+    if inner is not None and name not in _LOOPS:
+        open_jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "jaxpr") else (inner, ())
+        return _walk(open_jaxpr, consts, inputs, calls)
+    if name == "cond":
+        return _branch(eqn, inputs, calls, unknown)
+    for bodies in eqn.params.values():
+        if name in _LOOPS and "pallas_call" in str(bodies):
+            calls.append(KernelCall("", ()))  # Its operands change from turn to turn.
+            return unknown
+
+    variables = list(dict.fromkeys(filter(is_variable, eqn.invars)))
+    alone = core.jaxpr_as_fun(core.ClosedJaxpr(core.Jaxpr([], variables, eqn.outvars, [eqn]), []))
+
+    def compute() -> list[Any] | None:
+        arguments = [value() for value in inputs]
+        if any(argument is None for argument in arguments):
+            return None
+        of = dict(zip(map(id, eqn.invars), arguments, strict=True))
+        return alone(*(of[id(variable)] for variable in variables))
+
+    together = _Lazy(compute)
+
+    def output(index: int) -> _Lazy:
+        return _Lazy(lambda: None if together() is None else together()[index])
+
+    return [output(index) for index in range(len(eqn.outvars))]
+
+
+def is_variable(atom: Any) -> bool:
+    """Whether an input of an equation is a variable, not a literal."""
+    return not isinstance(atom, core.Literal)
+
+
+def _branch(
+    eqn: Any, inputs: Sequence[_Lazy], calls: list[KernelCall], unknown: list[_Lazy]
+) -> list[_Lazy]:
+    index = inputs[0]()
+    if index is None:
+        return unknown
+    branches = eqn.params["branches"]
+    chosen = branches[int(np.clip(index, 0, len(branches) - 1))]
+    return _walk(chosen.jaxpr, chosen.consts, inputs[1:], calls)
+
+
+def _kernel_name(eqn: Any) -> str:
+    name = eqn.params.get("name")
+    if name is None:
+        name = eqn.params["name_and_src_info"].name
+    return str(name)
