@@ -37,6 +37,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         "kernels": compiled.kernels,
         "sparse_kernels": compiled.sparse_kernels,
         "other_ops": [dataclasses.asdict(op) for op in compiled.other_ops],
+        "hlo": compiled.hlo,
         "lower_seconds": compiled.lower_seconds,
         "compile_seconds": compiled.compile_seconds,
         "code_bytes": compiled.code_bytes,

@@ -243,20 +243,34 @@ def static_report(target: str, chip: str, *, timeout: float = 600.0, **kwargs: A
       RuntimeError: the target function failed; the message holds its traceback.
     """
     entry = chips.chip(chip)
-    if not _MODULE_NAME.match(target):
-        raise _target_error(target, "a name like package.module:function")
-    try:
-        request = json.dumps({"target": target, "chip": entry.name, "kwargs": kwargs})
-    except TypeError as error:
-        raise _target_error(f"{target} with {kwargs}", "arguments that JSON can hold") from error
     with tempfile.TemporaryDirectory() as folder:
-        result = _run_worker(request, Path(folder), timeout)
+        result = compile_and_dump(target, chip, Path(folder), timeout=timeout, **kwargs)
         kernels = listing.parse_directory(Path(folder), result.pop("kernels"), entry)
+    del result["hlo"]
     result["sparse_kernels"] = tuple(result["sparse_kernels"])
     other_ops = tuple(HloOp(**op) for op in result.pop("other_ops"))
     return StaticReport(
         target=target, chip=entry.name, kernels=kernels, other_ops=other_ops, **result
     )
+
+
+def compile_and_dump(
+    target: str, chip: str, folder: Path, *, timeout: float = 600.0, **kwargs: Any
+) -> dict[str, Any]:
+    """Compiles a program in a process of its own that leaves the compiler's dumps in `folder`.
+
+    Args and errors are those of `static_report`.
+
+    Returns:
+      The names of the kernels, the program as text ("hlo"), and the figures of `StaticReport`.
+    """
+    if not _MODULE_NAME.match(target):
+        raise _target_error(target, "a name like package.module:function")
+    try:
+        request = json.dumps({"target": target, "chip": chips.chip(chip).name, "kwargs": kwargs})
+    except TypeError as error:
+        raise _target_error(f"{target} with {kwargs}", "arguments that JSON can hold") from error
+    return _run_worker(request, folder, timeout)
 
 
 def static_reports(

@@ -22,7 +22,7 @@ _LABELS = frozenset({"LH", "LB", "LE", "PB", "PF", "CT"})
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _REGION = re.compile(r"(Start/End empty|Start|End) region (\d+)")
 _BRANCH = re.compile(r"^%\S+ = sbr\.rel (?:\((!?%\w+)\) )?target = \$region(\d+)$")
-_SLOTS = ("mxu", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
+SLOT_NAMES = ("mxu", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
 _SLOT_HEADER = "MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU"
 _ALLOCATION = re.compile(
     r"^ *#(allocation\d+) \[shape = '([^']*)', space=(\w+), size = (\w+),"
@@ -133,7 +133,7 @@ def read_slots(path: Path) -> list[tuple[int, ...]]:
     rows = []
     for number, line in enumerate(lines[4:], start=5):
         row = tuple(int(word) for word in line.split() if word.isdigit())
-        if len(row) != len(_SLOTS) or len(line.split()) != len(_SLOTS):
+        if len(row) != len(SLOT_NAMES) or len(line.split()) != len(SLOT_NAMES):
             raise ListingError(file=path.name, line=number, what=f"row {line!r}")
         rows.append(row)
     return rows

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from tpukit import chips
-
 from tpukit.predict.instructions import Declaration
 from tpukit.predict.program import END, GRANULE_BYTES, HBM_BASE, SMEM_BASE, VMEM_WORD_BYTES, Program
 from tpukit.predict.rates import Rates

@@ -60,6 +60,13 @@ class Rates:
         return chips.chip(self.chip).mxus
 
     @property
+    def peak_clock(self) -> float:
+        """GHz at which the matrix units would reach the vendor's peak."""
+        chip = chips.chip(self.chip)
+        rows_per_cycle = 16 / self.matmul.value
+        return chip.bf16_tflops * 1e3 / (2 * chip.mxus * chip.mxu_side**2 * rows_per_cycle)
+
+    @property
     def mxu_queue(self) -> int:
         """Operations a matrix unit holds."""
         return int(self.queue.value)

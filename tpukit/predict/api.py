@@ -1,0 +1,227 @@
+"""Predicts the time of a program on a TPU that is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+from tpukit import aot, chips, listing
+from tpukit.dumps import (
+    ALLOCATIONS,
+    SCHEDULE,
+    SLOT_USE,
+    dump_path,
+    read_allocations,
+    read_slots,
+)
+from tpukit.errors import ListingError
+from tpukit.predict import hlo, program
+from tpukit.predict.machine import Machine, Operand, ReplayError
+from tpukit.predict.rates import Rates, rates
+from tpukit.predict.report import (
+    LATENCY_BAND_US,
+    GluePrediction,
+    KernelPrediction,
+    Prediction,
+    summarise,
+)
+from tpukit.predict.scalars import KernelCall, kernel_calls
+
+_CUSTOM_CALL = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
+_LARGEST_SCALAR_OPERAND = 1 << 20  # elements
+
+
+def predict(
+    fn: Callable[..., Any],
+    *args: Any,
+    chip: str,
+    spans: bool = False,
+    timeout: float = 600.0,
+) -> Prediction:
+    """Predicts what a program takes on one TensorCore, by replaying its final schedule.
+
+    The program is compiled for the chip in a process of its own. Each Pallas kernel of it is
+    replayed with the real values of its scalar operands; so is what XLA runs around it, as far as
+    that does not depend on data. Model and constants: `tpukit.predict.machine` and `.rates`. What is
+    not modelled: collectives and transfers between devices, SparseCore programs (their bytes count),
+    contention between cores, launch overheads.
+
+    Args:
+      fn: a function, jitted or not.
+      *args: its arguments: arrays where their values steer a kernel (lengths, page tables, group
+        sizes), `jax.ShapeDtypeStruct` elsewhere.
+      chip: a name in `tpukit.predict.RATES`.
+      spans: keep what happened when, for a timeline.
+      timeout: seconds the compilation may take.
+
+    Raises:
+      ArgumentError, UnsupportedError: the chip is not known, or has no constants.
+      KernelResourceError, KernelCompileError, ToolchainError: it does not compile.
+      ListingError: the schedule holds something that is not understood.
+      ReplayError: the replay cannot be right: control or sizes that depend on data, a wait that
+        never ends, a transfer of absurd size, a check of the compiler's that fires.
+    """
+    constants = rates(chip)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, archive = Path(scratch), Path(scratch) / "program.bin"
+        with aot.as_if_on(chip):
+            calls = kernel_calls(fn, args)
+            shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+            jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+            exported = export.export(jitted, platforms=["tpu"], disabled_checks=[_CUSTOM_CALL])
+            archive.write_bytes(exported(*shaped).serialize())
+        answer = aot.compile_and_dump(
+            f"{__name__}:load_exported", chip, folder, timeout=timeout, path=str(archive)
+        )
+        ops = hlo.parse(answer["hlo"])
+        kernels = _kernels(folder, ops, calls, constants, spans)
+        glue = _glue(folder, ops, constants)
+    return Prediction(
+        chip=constants.chip, kernels=tuple(kernels), glue=tuple(glue), versions=answer["versions"]
+    )
+
+
+def load_exported(chip: str, path: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Reads a serialised program back: the function and the shapes of its arguments."""
+    del chip
+    exported = export.deserialize(bytearray(Path(path).read_bytes()))
+    args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    return exported.call, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+
+
+def _kernels(
+    folder: Path,
+    ops: Sequence[hlo.Op],
+    calls: Sequence[KernelCall],
+    constants: Rates,
+    spans: bool,
+) -> list[KernelPrediction]:
+    found = []
+    waiting = list(calls)
+    for op in ops:
+        if not op.kernel or op.core != "tensorcore":
+            continue
+        call = _take(waiting, op)
+        operands = _operands(op, call)
+        one = replay(folder, op.name, operands, constants, spans=spans)
+        found += [one] * op.repeats
+    return found
+
+
+def _take(waiting: list[KernelCall], op: hlo.Op) -> KernelCall:
+    """The call that became this kernel: the first of its name that is left."""
+    base = re.sub(r"[^\w]", "_", re.sub(r"\.\d+$", "", op.name))
+    for call in waiting:
+        if re.sub(r"[^\w]", "_", call.name) == base and len(call.operands) == len(op.operands):
+            waiting.remove(call)
+            return call
+    left = [call.name for call in waiting]
+    raise ListingError(
+        file="program", line=0, what=f"kernel {op.name} is none of the calls traced: {left}"
+    )
+
+
+def _operands(op: hlo.Op, call: KernelCall) -> dict[int, Operand]:
+    """Sizes of all operands; values of those that can be scalars and are known."""
+    found = {}
+    for index, (shape, value) in enumerate(zip(op.operands, call.operands, strict=True)):
+        known = None
+        if np.prod(shape.dims, dtype=np.int64) <= _LARGEST_SCALAR_OPERAND and shape.dtype in (
+            "s32",
+            "u32",
+            "pred",
+            "f32",
+        ):
+            known = value()
+        words = None if known is None else shape.words(np.asarray(known))
+        found[index] = Operand(size=shape.size, words=words)
+    for index, shape in enumerate(op.results, start=len(op.operands)):
+        found[index] = Operand(size=shape.size)
+    return found
+
+
+def replay(
+    folder: Path,
+    name: str,
+    operands: dict[int, Operand],
+    constants: Rates,
+    *,
+    spans: bool = False,
+) -> KernelPrediction:
+    """Replays one kernel from the dumps in a folder.
+
+    Args:
+      folder: with the compiler's dumps.
+      name: of the kernel.
+      operands: size, and for scalars the value, of each operand by its number.
+      constants: of the chip.
+      spans: keep what happened when.
+
+    Raises:
+      ListingError: a dump is not understood.
+      ReplayError: the replay cannot be right.
+    """
+    chip = chips.chip(constants.chip)
+    paths = [dump_path(folder, name, what) for what in (SCHEDULE, SLOT_USE, ALLOCATIONS)]
+    translated = program.load(paths[0], read_allocations(paths[2]), chip)
+    machine = Machine(translated, constants, operands)
+    machine.spans = [] if spans else None
+    machine.run()
+    static = listing.parse_kernel(name, *paths, chip)
+    report = summarise(name, machine, constants, read_slots(paths[1]), static)
+    if report.roofline > 1.0:
+        what = f"faster than the roofline: {report.milliseconds} < {report.floor_milliseconds} ms"
+        raise ReplayError(f"{name}: {what}")
+    low = high = report.milliseconds
+    if report.dma_stall > 0.2:
+        low, high = (_with_latency(translated, constants, operands, us) for us in LATENCY_BAND_US)
+    return dataclasses.replace(report, _band=(low, high))
+
+
+def _with_latency(
+    translated: program.Program, constants: Rates, operands: dict[int, Operand], us: float
+) -> float:
+    latency = dataclasses.replace(constants.latency, value=us)
+    other = dataclasses.replace(constants, latency=latency)
+    return Machine(translated, other, operands).run() / (constants.clock.value * 1e6)
+
+
+def _glue(folder: Path, ops: Sequence[hlo.Op], constants: Rates) -> list[GluePrediction]:
+    found = []
+    same: dict[Any, tuple[float, str]] = {}
+    for op in ops:
+        if op.kernel and op.core == "tensorcore":
+            continue
+        key = (op.opcode, op.core, op.results, op.operands)
+        if key not in same:
+            same[key] = _one(folder, op, constants)
+        milliseconds, how = same[key]
+        found.append(GluePrediction(op.name, op.opcode, op.core, milliseconds * op.repeats, how))
+    return found
+
+
+def _one(folder: Path, op: hlo.Op, constants: Rates) -> tuple[float, str]:
+    """Milliseconds of an operation of XLA's, and how they were found."""
+    sizes = [shape.size for shape in (*op.operands, *op.results)]
+    operands = {index: Operand(size=max(size, 512)) for index, size in enumerate(sizes)}
+    per_ms = constants.clock.value * 1e6
+    if op.core == "tensorcore":
+        try:
+            chip = chips.chip(constants.chip)
+            path = dump_path(folder, op.name, SCHEDULE)
+            table = read_allocations(dump_path(folder, op.name, ALLOCATIONS))
+            return Machine(
+                program.load(path, table, chip), constants, operands
+            ).run() / per_ms, "replayed"
+        except (ListingError, ReplayError):
+            if op.estimate is not None:
+                return op.estimate / per_ms, "compiler"
+    return op.hbm_bytes / (constants.bandwidth.value * 1e6), "bytes"
