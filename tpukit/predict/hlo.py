@@ -27,7 +27,22 @@ _COMPUTATION = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _FREE = frozenset(
-    ["parameter", "constant", "tuple", "get-tuple-element", "bitcast", "call-start", "call-update", "async-start", "async-update", "copy-done", "after-all", "partition-id", "replica-id", "optimization-barrier"]
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "call-start",
+        "call-update",
+        "async-start",
+        "async-update",
+        "copy-done",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "optimization-barrier",
+    ]
 )
 
 

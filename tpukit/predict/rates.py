@@ -107,7 +107,7 @@ class Rates:
 
 
 def _rates(
-    chip: str, clock: Constant, bandwidth: Constant, latency: Constant, matmul: int
+    chip: str, *, clock: Constant, bandwidth: Constant, latency: Constant, matmul: int
 ) -> Rates:
     schedule = "issue intervals in the compiler's static profile of packed matrix products"
     return Rates(
@@ -116,35 +116,38 @@ def _rates(
         bandwidth=bandwidth,
         latency=latency,
         matmul=Constant(matmul, "cycles", "schedule", schedule),
-        queue=Constant(2, "operations", "fitted", "published grouped matmul on v5e, fit rows"),
+        queue=Constant(2, "operations", "assumed", "the smallest that lets products overlap"),
         local_bandwidth=Constant(4000.0, "GB/s", "assumed", "nothing public"),
         local_latency=Constant(0.1, "us", "assumed", "nothing public"),
     )
 
 
 _NOMINAL = "the vendor's data sheet"
+_PEAK = "the vendor's peak rate over the size of the matrix units"
+_MATMUL_ROWS = "best of a grid on the rows P0077, P0078, P0079, P0082, P0083, P0085, P0087"
+_FLASH_ROWS = "best of a grid on the rows P0373, P0376, P0377, P0378, P0379"
 RATES = MappingProxyType(
     {
         "v5e": _rates(
             "v5e",
-            Constant(1.5, "GHz", "derived", "peak rate over the size of the matrix units"),
-            Constant(820.0, "GB/s", "vendor", _NOMINAL),
-            Constant(0.8, "us", "fitted", "grouped matmul, fit rows"),
-            16,
+            clock=Constant(1.5, "GHz", "derived", _PEAK),
+            bandwidth=Constant(820.0, "GB/s", "vendor", _NOMINAL),
+            latency=Constant(0.8, "us", "assumed", "between what suits the other chips"),
+            matmul=16,
         ),
         "v6e": _rates(
             "v6e",
-            Constant(1.75, "GHz", "derived", "peak rate over the size of the matrix units"),
-            Constant(1330.0, "GB/s", "fitted", "flash attention, fit rows"),
-            Constant(1.0, "us", "fitted", "flash attention, fit rows"),
-            8,
+            clock=Constant(1.75, "GHz", "derived", _PEAK),
+            bandwidth=Constant(1480.0, "GB/s", "fitted", _FLASH_ROWS),
+            latency=Constant(0.8, "us", "fitted", _FLASH_ROWS),
+            matmul=8,
         ),
         "tpu7x": _rates(
             "tpu7x",
-            Constant(1.75, "GHz", "fitted", "grouped matmul, fit rows"),
-            Constant(3000.0, "GB/s", "fitted", "grouped matmul, fit rows"),
-            Constant(1.0, "us", "fitted", "grouped matmul, fit rows"),
-            8,
+            clock=Constant(1.75, "GHz", "fitted", _MATMUL_ROWS),
+            bandwidth=Constant(3000.0, "GB/s", "fitted", _MATMUL_ROWS),
+            latency=Constant(1.2, "us", "fitted", _MATMUL_ROWS),
+            matmul=8,
         ),
     }
 )
