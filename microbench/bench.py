@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 
-from microbench import cases, environment, static
+from microbench import cases, environment, predicted, static
 from microbench.case import Case, Check, Suite
 from microbench.cli import Options, UsageError
 from microbench.record import Log, record
 from microbench.table import table
 from microbench.timing import time_calls
 from tpukit import chips, errors, interpret
+from tpukit.predict import ReplayError, predict
 
 
 class Exit(enum.IntEnum):
@@ -106,6 +107,8 @@ class Bench:
             self._each("time", right, lambda case: self._time(suite, case))
         if self.options.command in ("bench", "aot"):
             self._each("aot", right, lambda case: self._aot(suite, case))
+        if self.options.command in ("bench", "predict"):
+            self._each("predict", right, lambda case: self._predict(suite, case))
 
     def _each(
         self, stage: str, group: Sequence[Case], work: Callable[[Case], list[dict[str, Any]]]
@@ -129,7 +132,8 @@ class Bench:
     def _record(
         self, kind: str, case: Case, label: str, values: dict[str, Any], **more: Any
     ) -> None:
-        command = repeat("aot" if kind == "aot" else "run", case, self.options, more.get("chip"))
+        name = kind if kind in ("aot", "predict") else "run"
+        command = repeat(name, case, self.options, more.get("chip"))
         self.log.add(record(kind, case, values, label=label, command=command, **more))
 
     def _check(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
@@ -195,6 +199,25 @@ class Bench:
             rows.append({"case": case.name, "chip": chip, **shown})
         return rows
 
+    def _predict(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
+        fn, args = suite.steered(case, self.options.seed)
+        rows = []
+        for chip in self.options.chips:
+            try:
+                found = predict(fn, *args, chip=chip, spans=bool(self.options.trace))
+            except (*_REFUSALS, ReplayError) as error:
+                self.statuses.append(Exit.UNSUPPORTED)
+                print(f"\n{case.name} on {chip}: {error}")
+                rows.append({"case": case.name, "chip": chip})
+                continue
+            if self.options.command == "predict":
+                print(f"\n{case.name} on {chip}\n{found.text()}")
+            values = predicted.figures(found)
+            self._record("predict", case, "predicted", values, chip=chip, seed=self.options.seed)
+            rows.append({"case": case.name, "chip": chip, **values})
+            predicted.save(found, case, self.options)
+        return rows
+
 
 _REFUSALS = (
     errors.KernelResourceError,
@@ -210,6 +233,10 @@ _TITLES = {
         "floor us = the roofline from data-sheet peaks, no measurement"
     ),
 }
+_TITLES["predict"] = (
+    "predict: predicted for the chip by replaying the final schedule, not measured; floor = the "
+    "schedule's own bytes and products at data-sheet peaks"
+)
 _COLUMNS = {"check": ("case", "check", "error", "limit", "ok")}
 
 
@@ -218,9 +245,9 @@ def repeat(command: str, case: Case, options: Options, chip: str | None = None) 
     words = ["python -m microbench", command, "--kernel", case.kernel, "--case", case.name]
     for key, value in options.settings:
         words += ["--set", f"{key}={value}"]
-    if command == "aot" and chip:
+    if command != "run" and chip:
         words += ["--chip", chip]
-    else:
+    if command != "aot":
         words += ["--seed", str(options.seed)]
     return " ".join(words)
 

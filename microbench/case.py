@@ -116,6 +116,10 @@ class Suite(Protocol):
         """Names "module:function" and its keywords; given `chip` as well, it returns (fn, args)."""
         ...
 
+    def steered(self, case: Case, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The full-size call for a prediction: values for what steers the kernel, else shapes."""
+        ...
+
     def cost(self, case: Case) -> Cost:
         """What the full-size case has to compute and to move."""
         ...

@@ -1,11 +1,13 @@
 """Checks, times and compiles the kernels on the shapes that matter.
 
-Usage: python -m microbench [list | run | aot | env] [flags]
+Usage: python -m microbench [list | run | aot | predict | validate | env] [flags]
 
   (nothing)  every default case: check, then time, then the ahead-of-time report
   list       the cases and their parameters
   run        check, then time what this machine has: on a TPU the kernel, elsewhere the reference
   aot        compile for chips that are not here and report what the compiler made
+  predict    compile for chips that are not here and predict the time by replaying the schedules
+  validate   predict kernels whose times others have published, and show the errors
   env        versions, commit, machine
 
 A case whose check fails is not timed. Exit status: 0 all is well, 1 a check failed, 2 something
@@ -23,7 +25,7 @@ from absl import flags
 
 from microbench import environment
 
-COMMANDS = ("bench", "list", "run", "aot", "env")
+COMMANDS = ("bench", "list", "run", "aot", "predict", "validate", "env")
 CHIPS = ("tpu7x", "v6e", "v5e")
 
 
@@ -42,6 +44,8 @@ class Options:
       chips: chips to compile for.
       settings: parameters to change in every case, as text.
       json, csv: files for the records, or None.
+      trace: folder for the timelines of predictions, or None.
+      picture: folder for pictures of predictions, or None.
       seed: of the inputs.
     """
 
@@ -52,6 +56,8 @@ class Options:
     settings: tuple[tuple[str, str], ...] = ()
     json: str | None = None
     csv: str | None = None
+    trace: str | None = None
+    picture: str | None = None
     seed: int = 0
 
 
@@ -67,6 +73,8 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_multi_string("set", [], "key=value: changes a parameter of every case.", **own)
     flags.DEFINE_string("json", None, "File for the records, one JSON object a line.", **own)
     flags.DEFINE_string("csv", None, "File for the records, as a table.", **own)
+    flags.DEFINE_string("trace", None, "predict: folder for timelines (ui.perfetto.dev).", **own)
+    flags.DEFINE_string("picture", None, "predict: folder for pictures (matplotlib).", **own)
     flags.DEFINE_integer("seed", 0, "Seed of the inputs.", **own)
     return values
 
@@ -101,6 +109,8 @@ def parse(argv: Sequence[str]) -> Options | str:
         settings=tuple(settings),
         json=values.json,
         csv=values.csv,
+        trace=values.trace,
+        picture=values.picture,
         seed=values.seed,
     )
 
@@ -120,6 +130,10 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(f"{name:20} {value}" for name, value in facts.items()))
         return 0
     environment.prepare()
+    if options.command == "validate":
+        from microbench.validation import report  # noqa: PLC0415  (imports JAX in its workers)
+
+        return report.run(options)
     from microbench import bench  # noqa: PLC0415  (imports JAX, so after `prepare`)
 
     return bench.run(options)

@@ -212,11 +212,13 @@ def _delay_slots(bundles: list[Bundle], branch: int, chip: Chip) -> int:
     empty = [i for i in window if i < after and not bundles[i].operations]
     last = bundles[window[-1]] if window else None
     full = last is not None and after > window[-1] and any(kind == "End" for kind, _ in last.marks)
-    if full or not empty:
+    # Control joins after a folded tail: a label there settles it, wherever else regions end.
+    joins = next((i for i in empty if i + 1 < len(bundles) and bundles[i + 1].labels), None)
+    if joins is None and (full or not empty):
         return len(window)
     # The tail is the empty bundle at which the next region begins, else the last one there is.
     begins = (i for i in empty if i + 1 < len(bundles) and _begins(bundles[i + 1]))
-    tail = next(begins, empty[-1])
+    tail = joins if joins is not None else next(begins, empty[-1])
     slots = tail - branch
     bundles[tail].weight = 1 + chip.branch_delay - slots
     return slots

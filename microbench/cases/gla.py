@@ -143,12 +143,15 @@ def _inputs(shape: Shape, seed: int) -> Inputs:
         return jnp.asarray(rng.standard_normal(spec.shape, dtype=np.float32), spec.dtype)
 
     specs = _specs(shape)
+    values = {name: normal(getattr(specs, name)) for name in ("q", "k", "v", "pool")}
+    return _steering(shape, seed)._replace(**values)
+
+
+def _steering(shape: Shape, seed: int) -> Inputs:
+    """Slots, lengths and decays as values, the large arrays as shapes."""
+    rng = np.random.default_rng(seed)
     decay = gla.ling_decay(shape.model_heads, shape.layer, shape.layers)
-    return specs._replace(
-        q=normal(specs.q),
-        k=normal(specs.k),
-        v=normal(specs.v),
-        pool=normal(specs.pool),
+    return _specs(shape)._replace(
         slot_ids=jnp.asarray(1 + rng.permutation(len(shape.lengths)), jnp.int32),
         cu_seqlens=jnp.asarray(np.cumsum([0, *shape.lengths]), jnp.int32),
         has_state=jnp.asarray(shape.resumes()),
@@ -242,6 +245,12 @@ def build(chip: str, **params: Any) -> tuple[Callable[..., Any], tuple[Any, ...]
     shape = Shape(**params)
     fn = _call(shape, gla.gla, implementation="pallas")
     return jax.jit(fn, donate_argnums=Inputs._fields.index("pool")), _specs(shape)
+
+
+def steered(case: Case, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """`build` with the lengths and slots that `inputs` would have."""
+    fn, _ = build("", **case.params)
+    return fn, tuple(_steering(_shape(case), seed))
 
 
 def cost(case: Case) -> Cost:

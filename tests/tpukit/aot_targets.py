@@ -238,3 +238,48 @@ def refuses(chip):
 def breaks(chip):
     """A builder with a bug."""
     raise KeyError("broken builder")
+
+
+def _ragged_body(n_ref, x_hbm, o_hbm, buf, sems):
+    def request(i, _):
+        rows = pl.ds(i * 512, n_ref[i] * 8)
+        here = pl.ds(0, n_ref[i] * 8)
+
+        @pl.when(n_ref[i] > 0)
+        def _():
+            copy = pltpu.make_async_copy(x_hbm.at[rows], buf.at[here], sems.at[0])
+            copy.start()
+            copy.wait()
+
+            def group(j, _):
+                some = pl.ds(pl.multiple_of(j * 8, 8), 8)
+                buf[some] = jnp.exp(buf[some])
+
+            lax.fori_loop(0, n_ref[i], group, None)
+            back = pltpu.make_async_copy(buf.at[here], o_hbm.at[rows], sems.at[1])
+            back.start()
+            back.wait()
+
+    lax.fori_loop(0, n_ref.shape[0], request, None)
+
+
+def ragged_call(n, x):
+    """Exponentials of the first 8 n[i] rows of each 512; the other rows are not written."""
+    x = pltpu.with_memory_space_constraint(x, pltpu.HBM)
+    return pl.pallas_call(
+        _ragged_body,
+        name="ragged",
+        out_shape=Spec(x.shape, F32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            in_specs=[pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
+            scratch_shapes=[pltpu.VMEM((512, 128), F32), pltpu.SemaphoreType.DMA((2,))],
+        ),
+    )(n, x)
+
+
+def ragged(chip):
+    """Transfers of dynamic size, a loop of dynamic length, a request that is skipped."""
+    del chip
+    return jax.jit(ragged_call), (Spec((16,), jnp.int32), Spec((16 * 512, 128), F32))

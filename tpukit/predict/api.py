@@ -73,13 +73,20 @@ def predict(
     with tempfile.TemporaryDirectory() as scratch:
         folder, archive = Path(scratch), Path(scratch) / "program.bin"
         with aot.as_if_on(chip):
-            calls = kernel_calls(fn, args)
             shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-            jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+            jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
+            traced = jitted.trace(*shaped)  # type: ignore[attr-defined]
+            calls = kernel_calls(traced.jaxpr, jax.tree.leaves(args))
+            donated = [leaf.donated for leaf in jax.tree.leaves(traced.args_info)]
             exported = export.export(jitted, platforms=["tpu"], disabled_checks=[_CUSTOM_CALL])
             archive.write_bytes(exported(*shaped).serialize())
         answer = aot.compile_and_dump(
-            f"{__name__}:load_exported", chip, folder, timeout=timeout, path=str(archive)
+            f"{__name__}:load_exported",
+            chip,
+            folder,
+            timeout=timeout,
+            path=str(archive),
+            donated=[index for index, gone in enumerate(donated) if gone],
         )
         ops = hlo.parse(answer["hlo"])
         kernels = _kernels(folder, ops, calls, constants, spans)
@@ -89,12 +96,19 @@ def predict(
     )
 
 
-def load_exported(chip: str, path: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Reads a serialised program back: the function and the shapes of its arguments."""
+def load_exported(
+    chip: str, path: str, donated: Sequence[int]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Reads a serialised program back: a function of flat arguments, and their shapes."""
     del chip
     exported = export.deserialize(bytearray(Path(path).read_bytes()))
-    args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-    return exported.call, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+
+    def call(*leaves: Any) -> Any:
+        args, kwargs = jax.tree.unflatten(exported.in_tree, leaves)
+        return exported.call(*args, **kwargs)
+
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in exported.in_avals)
+    return jax.jit(call, donate_argnums=tuple(donated)), shapes
 
 
 def _kernels(
@@ -195,6 +209,7 @@ def _with_latency(
 
 
 def _glue(folder: Path, ops: Sequence[hlo.Op], constants: Rates) -> list[GluePrediction]:
+    constants = dataclasses.replace(constants, bandwidth=constants.xla_bandwidth)
     found = []
     same: dict[Any, tuple[float, str]] = {}
     for op in ops:

@@ -18,7 +18,7 @@ _CAPACITY = {
     "v6e": {"xlu": 2, "valu": 4, "vpop": 2, "eup": 1, "vload": 3, "vstore": 2, "salu": 2},
 }
 _CAPACITY["tpu7x"] = _CAPACITY["v6e"]
-LATENCY_BAND_US = (0.6, 1.2)
+LATENCY_BAND_US = (0.6, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,20 +52,16 @@ def _given(value: Any) -> _Lazy:
 _NOT_KNOWN = _given(None)
 
 
-def kernel_calls(fn: Callable[..., Any], args: Sequence[Any]) -> list[KernelCall]:
-    """Traces `fn` and returns its kernel calls in program order.
+def kernel_calls(program: Any, args: Sequence[Any]) -> list[KernelCall]:
+    """Returns the kernel calls of a traced program in program order.
 
     Args:
-      fn: the function.
-      args: arrays, whose values count, or `jax.ShapeDtypeStruct`.
+      program: a closed jaxpr.
+      args: its flat arguments: arrays, whose values count, or `jax.ShapeDtypeStruct`.
     """
-    closed = jax.make_jaxpr(fn)(*args)
-    values = [
-        _NOT_KNOWN if isinstance(leaf, jax.ShapeDtypeStruct) else _given(leaf)
-        for leaf in jax.tree.leaves(args)
-    ]
+    values = [_NOT_KNOWN if isinstance(arg, jax.ShapeDtypeStruct) else _given(arg) for arg in args]
     calls: list[KernelCall] = []
-    _walk(closed.jaxpr, closed.consts, values, calls)
+    _walk(program.jaxpr, program.consts, values, calls)
     return calls
 
 

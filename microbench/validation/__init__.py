@@ -1,0 +1,1 @@
+"""Predictions against times that others have published."""

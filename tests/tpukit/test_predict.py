@@ -1,0 +1,344 @@
+"""The replay of final schedules: on stored dumps counted by hand, and on seeded faults."""
+
+import dataclasses
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tpukit import aot_targets
+from tpukit import chips, dumps
+from tpukit.errors import ListingError, UnsupportedError
+from tpukit.predict import ReplayError, api, hlo, instructions, predict, program, timeline, values
+from tpukit.predict.machine import Machine, Operand
+from tpukit.predict.rates import rates
+from tpukit.predict.scalars import kernel_calls
+
+DATA = Path(__file__).parent / "data"
+LENGTHS = np.array([3, 0, 64, 1, 0, 0, 7, 64, 2, 0, 5, 1, 1, 33, 0, 8], np.uint32)
+ARRAY = 16 * 512 * 128 * 4  # bytes of x and of o
+CHIPS = ("v5e", "v6e", "tpu7x")
+
+
+@pytest.fixture
+def dump(tmp_path):
+    """Unpacks the dumps of `aot_targets.ragged`, with one edit of the schedule."""
+
+    def unpack(chip, edit=None):
+        with zipfile.ZipFile(DATA / f"ragged_{chip}.zip") as archive:
+            archive.extractall(tmp_path)
+        if edit is not None:
+            (path,) = tmp_path.glob("*final_bundles.txt")
+            text, count = re.subn(edit[0], edit[1], path.read_text(), count=1)
+            assert count == 1, "the edit changes nothing"
+            path.write_text(text)
+        return tmp_path
+
+    return unpack
+
+
+def operands(lengths=LENGTHS):
+    return {0: Operand(512, np.asarray(lengths, np.uint32)), 1: Operand(ARRAY), 2: Operand(ARRAY)}
+
+
+def load(folder, chip):
+    table = dumps.read_allocations(dumps.dump_path(folder, "ragged.1", dumps.ALLOCATIONS))
+    schedule = dumps.dump_path(folder, "ragged.1", dumps.SCHEDULE)
+    return program.load(schedule, table, chips.chip(chip))
+
+
+def replayed(folder, chip, lengths=LENGTHS, **changes):
+    constants = dataclasses.replace(rates(chip), **changes)
+    machine = Machine(load(folder, chip), constants, operands(lengths))
+    machine.spans = []
+    machine.run()
+    return machine
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_transfers_are_those_of_the_hand_written_trace(dump, chip):
+    machine = replayed(dump(chip), chip)
+    busy = LENGTHS[LENGTHS > 0]
+    size = int(busy.sum()) * 8 * 128 * 4
+    assert machine.totals.moved["hbm_to_vmem"] == machine.totals.moved["vmem_to_hbm"] == size
+    assert machine.totals.transfers["hbm_to_vmem"] == len(busy)
+    found = [span.detail for span in machine.spans if span.what == "vmem_to_hbm"]
+    assert [int(detail.split()[0]) for detail in found] == [int(n) * 4096 for n in busy]
+
+
+def test_bundles_are_those_counted_by_hand(dump):
+    """From the listing for tpu7x: what a group, a request and a skipped request issue."""
+    folder = dump("tpu7x")
+
+    def bundles(lengths):
+        machine = replayed(folder, "tpu7x", lengths)
+        segments = machine.program.segments
+        visits = machine.totals.visits
+        return sum(n * x.cycles for n, x in zip(visits, segments, strict=True))
+
+    none = bundles([0] * 16)
+    # Skipped: 0x0d to 0x16 with the branch's delay, then 0x40 to 0x42 and six cycles of delay.
+    head_and_tail = 0x0D + (0x4C - 0x44)
+    assert none == head_and_tail + 16 * (10 + 9)
+    one = bundles([1] + [0] * 15)
+    # On the way: 0x17 to 0x26, six cycles of delay, 0x28 to 0x33, 0x34 to 0x3f.
+    assert one - none == (0x27 - 0x17) + 6 + 12 + 12
+    assert bundles([64] + [0] * 15) - one == 63 * 12
+
+
+def test_time_of_transfers_is_the_model_s(dump):
+    """One request: two transfers that nothing overlaps, each its bytes and one latency."""
+    lengths = [64] + [0] * 15
+    slow = dataclasses.replace(rates("tpu7x").bandwidth, value=100.0)
+    folder = dump("tpu7x")
+    fast = replayed(folder, "tpu7x", lengths)
+    slowed = replayed(folder, "tpu7x", lengths, bandwidth=slow)
+    size, clock = 64 * 4096, rates("tpu7x").clock.value
+    more = 2 * size * clock * (1 / 100.0 - 1 / rates("tpu7x").bandwidth.value)
+    assert slowed.now - fast.now == pytest.approx(more, abs=2)
+    late = dataclasses.replace(rates("tpu7x").latency, value=rates("tpu7x").latency.value + 1.0)
+    assert replayed(folder, "tpu7x", lengths, latency=late).now - fast.now == pytest.approx(
+        2 * 1e3 * clock, abs=2
+    )
+
+
+def test_a_replay_repeats_itself(dump):
+    folder = dump("v5e")
+    assert replayed(folder, "v5e").now == replayed(folder, "v5e").now
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "words"),
+    [
+        ((r"sshll\.u32", "sfrobnicate.u32"), ListingError, "sfrobnicate"),
+        ((r"vexp2\.f32", "vfrob.f32"), ListingError, "vfrob"),
+        ((r"dma\.hbm_to_vmem", "dma.ici_to_vmem"), ListingError, "dma.ici_to_vmem"),
+        ((r"%45 = dma\.hbm_to_vmem [^}]*", ""), ReplayError, "for ever"),
+        ((r"%219 = dma\.done\.wait[^}]*", ""), ReplayError, "a check fired: .*nonzero value upon"),
+        (
+            (r"(%45 = dma.*?granules=\*/)%s257_s16", r"\g<1>4000000000"),
+            ReplayError,
+            "a transfer of",
+        ),
+        (
+            (r"%s20_s0 = sld \[smem:\[#allocation5 \+ %s224_s14\]\]", "%s20_s0 = spop %7"),
+            ReplayError,
+            "control depends on data",
+        ),
+        (
+            (
+                r"(%48|%158)_s22 = scalar_lea.hbm \(!%p113_p5\), %s27_s19, %s257_s16",
+                r"\g<1>_s22 = scalar_lea.hbm (!%p113_p5), %s27_s19, 99999999",
+            ),
+            ReplayError,
+            "BoundsCheck 1",
+        ),
+        ((r"s224_s14 = sphi %s250_s14", "s224_s14 = sphi %s250_s15"), ListingError, "a phi"),
+    ],
+)
+def test_strictness(dump, edit, error, words):
+    if edit[0].startswith("(%48"):
+        edit = (
+            r"%s158_s22 = scalar_lea\.hbm \(!%p113_p5\), %s27_s19, %s257_s16",
+            "%s158_s22 = scalar_lea.hbm (!%p113_p5), %s27_s19, 99999999",
+        )
+    with pytest.raises(error, match=words):
+        replayed(dump("tpu7x", edit), "tpu7x")
+
+
+def test_a_loop_without_end_stops(dump):
+    with pytest.raises(ReplayError, match="more than 1000 cycles"):
+        Machine(load(dump("v5e"), "v5e"), rates("v5e"), operands()).run(limit=1000)
+
+
+def test_unknown_lengths_are_an_error(dump):
+    unknown = {**operands(), 0: Operand(512)}
+    with pytest.raises(ReplayError, match="control depends on data"):
+        Machine(load(dump("v5e"), "v5e"), rates("v5e"), unknown).run()
+
+
+def test_a_missing_operand_is_an_error(dump):
+    with pytest.raises(ReplayError, match=r"operand 2 .* is missing"):
+        Machine(load(dump("v5e"), "v5e"), rates("v5e"), {0: Operand(512), 1: Operand(ARRAY)})
+
+
+def matmul_program(chip, cycles):
+    """A program of one segment that starts a product on unit 0 at each of the cycles."""
+    segment = program.Segment(0, 100, 100, tuple((cycle, 0, "bf16") for cycle in cycles))
+    return program.Program("p", (), (), (segment,), (), {}, 0, (), 0), rates(chip)
+
+
+def test_matrix_units_by_hand():
+    """v5e: 16 cycles an operation, two held; the third of three at once waits for the first."""
+    machine = Machine(*matmul_program("v5e", [0, 1, 2]), {})
+    machine.step(0)
+    # Busy till 16, 32; the third comes at 2, waits till 16, is done at 48; nothing else stalls.
+    assert machine.now == 100 + 14
+    assert machine.totals.stalls["mxu", 0] == 14
+    assert machine.totals.mxu_busy == 48
+    free = Machine(*matmul_program("v6e", [0, 8, 16]), {})
+    free.step(0)
+    assert free.now == 100
+
+
+def test_matrix_backlog_crosses_segments():
+    machine = Machine(*matmul_program("v5e", [0, 98, 99]), {})
+    machine.step(0)
+    assert machine.now == 100  # done at 16, 114, 130
+    machine.step(0)  # the first of the next pass comes at 100, with two held until 114
+    assert machine.totals.stalls["mxu", 0] >= 14
+
+
+def test_values():
+    u = values.UNKNOWN
+    assert values.signed(0xFFFFFFFF) == -1
+    assert values.shift_signed(0x80000000, 4) == 0xF8000000
+    assert values.shift_left(1, 32) == 0
+    assert values.shift_right(0x80000000, 31) == 1
+    assert values.signed_minimum(0xFFFFFFFF, 1) == 0xFFFFFFFF
+    assert values.minimum(0xFFFFFFFF, 1) == 1
+    assert values.divide(0xFFFFFFF9, 2, False, True) == (-3 & 0xFFFFFFFF)
+    assert values.divide(0xFFFFFFF9, 2, True, True) == (-1 & 0xFFFFFFFF)
+    assert values.divide(7, 2, True, False) == 1
+    assert (u & False) is False
+    assert (False & u) is False
+    assert (u | True) is True
+    assert (u & True) is u
+    assert (u + 1) is u
+    assert (1 - u) is u
+    assert (3 < u) is u
+    assert values.select(u, 1, 2) is u
+    with pytest.raises(values.Unpredictable):
+        bool(u == 3)
+    with pytest.raises(values.Unpredictable, match="division by 0"):
+        values.divide(1, 0, False, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("%s1_s2 = sadd.s32 4294967295, %s3_s4", ("s[2]", "", ("4294967295", "s[4]"))),
+        ("%s1_s2 = smov (!%p5_p6, %s3_s4), 7", ("s[2]", "(p[6] ^ True)", ("7",))),
+        ("%p1_p2 = scmp.lt.s32.totalorder (%p3_p4), %s5_s6, 0", ("p[2]", "p[4]", ("s[6]", "0"))),
+        ("%s1_s2 = scalar_lea.smem %s3_s4, 1 [#allocation4]", ("s[2]", "", ("s[4]", "1"))),
+        (
+            "%9 = dma.done.wait (0), [#allocation3 + $0x2], 48",
+            ("", "0", ("(allocation3 + 2)", "48")),
+        ),
+        ("%9 = vsyncadd %s1_s2, 4294967248", ("", "", ("s[2]", "4294967248"))),
+    ],
+)
+def test_grammar(text, expected):
+    bundle = dumps.Bundle(1, frozenset(), 0, [], [text], [""])
+    (found,) = instructions.decode("f", bundle)
+    assert (found.target, found.predicate, found.operands) == expected
+
+
+def test_scalars_follow_the_program():
+    def fn(lengths, x):
+        sorted_lengths = jax.jit(jnp.sort)(lengths)
+        chosen = jax.lax.cond(lengths[0] > 2, lambda n: n // 2, lambda n: n, sorted_lengths)
+        return aot_targets.ragged_call(chosen, x)
+
+    x = jax.ShapeDtypeStruct((16 * 512, 128), jnp.float32)
+    closed = jax.make_jaxpr(fn)(LENGTHS.astype(np.int32), x)
+    (call,) = kernel_calls(closed, [LENGTHS.astype(np.int32), x])
+    assert call.name == "ragged"
+    np.testing.assert_array_equal(call.operands[0](), np.sort(LENGTHS) // 2)
+    assert call.operands[1]() is None
+
+
+def test_layouts_of_scalar_operands():
+    (shape,) = hlo.shapes("s32[3,200]{1,0:T(1,128)S(1)}")
+    words = shape.words(np.arange(600, dtype=np.int32).reshape(3, 200))
+    assert shape.on_chip
+    assert shape.size == 3 * 256 * 4
+    assert (words[128], words[200], words[256]) == (128, 0, 200)
+    (tiled,) = hlo.shapes("s32[9,130]{1,0:T(8,128)}")
+    words = tiled.words(np.arange(9 * 130, dtype=np.int32).reshape(9, 130))
+    assert (words[128], words[8 * 128], words[16 * 128]) == (130, 128, 8 * 130)
+    with pytest.raises(ListingError, match="float64"):
+        shape.words(np.zeros((3, 200)))
+
+
+@pytest.fixture(scope="module")
+def prediction():
+    x = jax.ShapeDtypeStruct((16 * 512, 128), jnp.float32)
+    call = jax.jit(aot_targets.ragged_call)
+    return predict(call, LENGTHS.astype(np.int32), x, chip="tpu7x", spans=True)
+
+
+def test_predict(prediction):
+    (kernel,) = prediction.kernels
+    assert kernel.hbm_bytes == 2 * int(LENGTHS.sum()) * 4096
+    assert 0 < kernel.floor_milliseconds < kernel.milliseconds
+    assert kernel.milliseconds == pytest.approx(kernel.cycles / 1e6 / rates("tpu7x").clock.value)
+    assert kernel.binds == "latency"
+    assert kernel.band[0] < kernel.milliseconds <= kernel.band[1]
+    assert kernel.cycles == kernel.bundles + sum(stall.cycles for stall in kernel.stalls)
+    assert prediction.milliseconds >= kernel.milliseconds
+    assert "predicted for tpu7x" in prediction.text()
+
+
+def test_loops_add_up(prediction):
+    (kernel,) = prediction.kernels
+    assert sum(loop.issued + loop.stalled for loop in kernel.loops) == kernel.cycles
+
+
+def test_donation_survives():
+    """A pool that is updated in place costs no copy."""
+
+    def fn(pool):
+        return pool.at[0].set(1.0)
+
+    pool = jax.ShapeDtypeStruct((1024, 1024, 128), jnp.float32)
+    kept = predict(jax.jit(fn), pool, chip="tpu7x").milliseconds
+    given = predict(jax.jit(fn, donate_argnums=0), pool, chip="tpu7x").milliseconds
+    assert given < kept / 20
+
+
+def test_a_chip_without_constants():
+    with pytest.raises(UnsupportedError, match="v5p"):
+        predict(lambda x: x, jnp.ones(3), chip="v5p")
+
+
+def test_nothing_is_faster_than_the_roofline(dump, monkeypatch):
+    monkeypatch.setattr(
+        Machine, "wait", lambda self, place, flag, amount: self._drain(flag, amount)
+    )
+
+    def drain(self, flag, amount):
+        self.now_before = self.now
+        while self.flags[flag] < amount:
+            self._finish()
+        self.now = self.now_before
+
+    monkeypatch.setattr(Machine, "_drain", drain, raising=False)
+    big = {**operands([64] * 16)}
+    with pytest.raises(ReplayError, match="roofline"):
+        api.replay(dump("tpu7x"), "ragged.1", big, rates("tpu7x"))
+
+
+def test_trace_is_trace_event_json(prediction, tmp_path):
+    path = tmp_path / "trace.json"
+    timeline.write_trace(prediction, path)
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+    assert {"waits", "hbm_to_vmem", "vmem_to_hbm"} <= names
+    spans = [e for e in events if e["ph"] == "X"]
+    assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in spans)
+    end = max(e["ts"] + e["dur"] for e in spans)
+    assert end <= prediction.kernels[0].milliseconds * 1e3 * 1.001
+    reads = [e for e in spans if e["name"].endswith("bytes at 0x21")]
+    assert len(reads) == np.count_nonzero(LENGTHS)
+
+
+def test_picture(prediction, tmp_path):
+    pytest.importorskip("matplotlib")
+    timeline.draw(prediction, tmp_path / "page.png")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
