@@ -23,7 +23,11 @@ MAY_IMPORT = {
     "fused_moe": _ARRAYS | {"reference", "tpukit", "gather_reduce"},
     "microbench": _ARRAYS | {"absl", "reference", "tpukit"} | KERNELS,
 }
-ONLY_IN = {"tpukit/pytest_plugin.py": frozenset({"pytest"})}
+ONLY_IN = {
+    "tpukit/pytest_plugin.py": frozenset({"pytest"}),
+    "tpukit/predict/timeline.py": frozenset({"matplotlib"}),
+    "microbench/validation/peers.py": frozenset({"tokamax"}),
+}
 PRIVATE_JAX = "tpukit/_private.py"
 
 MAX_FILE_LINES = 500

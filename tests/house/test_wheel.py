@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 DATA = [
     path.relative_to(ROOT).as_posix()
     for package in sorted(rules.PACKAGES)
-    for pattern in ("*.json", "py.typed", "*.py")
+    for pattern in ("*.csv", "*.json", "py.typed", "*.py")
     for path in sorted((ROOT / package).rglob(pattern))
     if "__pycache__" not in path.parts
 ]

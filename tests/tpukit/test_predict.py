@@ -117,7 +117,7 @@ def test_a_replay_repeats_itself(dump):
     [
         ((r"sshll\.u32", "sfrobnicate.u32"), ListingError, "sfrobnicate"),
         ((r"vexp2\.f32", "vfrob.f32"), ListingError, "vfrob"),
-        ((r"dma\.hbm_to_vmem", "dma.ici_to_vmem"), ListingError, "dma.ici_to_vmem"),
+        ((r"= dma\.hbm_to_vmem", "= dma.ici_to_vmem"), ListingError, "dma.ici_to_vmem"),
         ((r"%45 = dma\.hbm_to_vmem [^}]*", ""), ReplayError, "for ever"),
         ((r"%219 = dma\.done\.wait[^}]*", ""), ReplayError, "a check fired: .*nonzero value upon"),
         (
@@ -132,8 +132,8 @@ def test_a_replay_repeats_itself(dump):
         ),
         (
             (
-                r"(%48|%158)_s22 = scalar_lea.hbm \(!%p113_p5\), %s27_s19, %s257_s16",
-                r"\g<1>_s22 = scalar_lea.hbm (!%p113_p5), %s27_s19, 99999999",
+                r"%s158_s22 = scalar_lea\.hbm \(!%p113_p5\), %s27_s19, %s257_s16",
+                "%s158_s22 = scalar_lea.hbm (!%p113_p5), %s27_s19, 99999999",
             ),
             ReplayError,
             "BoundsCheck 1",
@@ -142,11 +142,6 @@ def test_a_replay_repeats_itself(dump):
     ],
 )
 def test_strictness(dump, edit, error, words):
-    if edit[0].startswith("(%48"):
-        edit = (
-            r"%s158_s22 = scalar_lea\.hbm \(!%p113_p5\), %s27_s19, %s257_s16",
-            "%s158_s22 = scalar_lea.hbm (!%p113_p5), %s27_s19, 99999999",
-        )
     with pytest.raises(error, match=words):
         replayed(dump("tpu7x", edit), "tpu7x")
 
@@ -211,7 +206,7 @@ def test_values():
     assert (u & True) is u
     assert (u + 1) is u
     assert (1 - u) is u
-    assert (3 < u) is u
+    assert (u > 3) is u
     assert values.select(u, 1, 2) is u
     with pytest.raises(values.Unpredictable):
         bool(u == 3)
@@ -307,21 +302,16 @@ def test_a_chip_without_constants():
         predict(lambda x: x, jnp.ones(3), chip="v5p")
 
 
-def test_nothing_is_faster_than_the_roofline(dump, monkeypatch):
-    monkeypatch.setattr(
-        Machine, "wait", lambda self, place, flag, amount: self._drain(flag, amount)
+def test_nothing_is_faster_than_the_roofline(dump):
+    constants = rates("tpu7x")
+    quick = dataclasses.replace(
+        constants,
+        clock=dataclasses.replace(constants.clock, value=100.0),
+        bandwidth=dataclasses.replace(constants.bandwidth, value=1e6),
+        latency=dataclasses.replace(constants.latency, value=0.0),
     )
-
-    def drain(self, flag, amount):
-        self.now_before = self.now
-        while self.flags[flag] < amount:
-            self._finish()
-        self.now = self.now_before
-
-    monkeypatch.setattr(Machine, "_drain", drain, raising=False)
-    big = {**operands([64] * 16)}
-    with pytest.raises(ReplayError, match="roofline"):
-        api.replay(dump("tpu7x"), "ragged.1", big, rates("tpu7x"))
+    with pytest.raises(ReplayError, match="faster than the roofline"):
+        api.replay(dump("tpu7x"), "ragged.1", operands([64] * 16), quick)
 
 
 def test_trace_is_trace_event_json(prediction, tmp_path):

@@ -50,9 +50,9 @@ def predict(
 
     The program is compiled for the chip in a process of its own. Each Pallas kernel of it is
     replayed with the real values of its scalar operands; so is what XLA runs around it, as far as
-    that does not depend on data. Model and constants: `tpukit.predict.machine` and `.rates`. What is
-    not modelled: collectives and transfers between devices, SparseCore programs (their bytes count),
-    contention between cores, launch overheads.
+    that does not depend on data. Model and constants are in `tpukit.predict.machine` and `.rates`.
+    Not modelled: collectives and transfers between devices, SparseCore programs (their bytes
+    count), contention between cores, launch overheads.
 
     Args:
       fn: a function, jitted or not.
@@ -74,8 +74,8 @@ def predict(
         folder, archive = Path(scratch), Path(scratch) / "program.bin"
         with aot.as_if_on(chip):
             shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-            jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
-            traced = jitted.trace(*shaped)  # type: ignore[attr-defined]
+            jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
+            traced = jitted.trace(*shaped)
             calls = kernel_calls(traced.jaxpr, jax.tree.leaves(args))
             donated = [leaf.donated for leaf in jax.tree.leaves(traced.args_info)]
             exported = export.export(jitted, platforms=["tpu"], disabled_checks=[_CUSTOM_CALL])
@@ -189,7 +189,7 @@ def replay(
     machine = Machine(translated, constants, operands)
     machine.spans = [] if spans else None
     machine.run()
-    static = listing.parse_kernel(name, *paths, chip)
+    static = listing.parse_kernel(name, paths[0], paths[1], paths[2], chip)
     report = summarise(name, machine, constants, read_slots(paths[1]), static)
     if report.roofline > 1.0:
         what = f"faster than the roofline: {report.milliseconds} < {report.floor_milliseconds} ms"

@@ -89,12 +89,14 @@ DIVISION = {"sdivrem.u32", "sdivrem.s32"}
 _NOTHING = {"sfence", "compiler-scheduling-barrier", "vdelay", "vnop", "snop", "strace", "vtrace"}
 _DECLARATION = "inlined_call_operand."
 # Families of vector operations, by the first word of the name.
-_VECTOR = frozenset(
-    """vabs vadd vand vbcast vceil vcmask vcmp vcombine vcvt vdwg vexp2 vfloor vlaneseq vld
-    vllmr vlog2 vmand vmatmul vmatprep vmatpush vmatpush1 vmatpush2 vmatpush3 vmatres vmax vmin vmmov vmneg vmor
-    vmov vmpackc vmul vmxor vnez vor vpack vperm vpop vpow2 vpush vrcp vreduce vrot vround
-    vrsqrt vsel vset vshll vshra vshrl vsort vst vstv vsub vtanh vtrunc vunpack vxor vxpose""".split()  # noqa: SIM905  (a table to read, not to scroll)
+_VECTOR_NAMES = (
+    "vabs vadd vand vbcast vc vceil vcmask vcmp vcombine vcvt vdwg vexp2 vfloor vlaneseq vld "
+    "vllmr vlog2 vmand vmatmul vmatprep vmatpush vmatpush1 vmatpush2 vmatpush3 vmatres vmax "
+    "vmin vmmov vmneg vmor vmov vmpackc vmul vmxor vnez vor vpack vperm vpop vpow2 vpush vrcp "
+    "vreduce vrot vround vrsqrt vsel vset vshll vshra vshrl vsort vst vstv vsub vtanh vtrunc "
+    "vunpack vweird vxor vxpose"
 )
+_VECTOR = frozenset(_VECTOR_NAMES.split())
 POPS = {"vpop.sfrf", "spop.drf"}
 
 

@@ -160,24 +160,24 @@ class Machine:
     def step(self, number: int) -> None:
         """The bundles of a segment were issued."""
         self.totals.visits[number] += 1
-        segment = self.program.segments[number]
-        if not self._costs[number]:
-            self.now += segment.cycles
+        segment, stall = self.program.segments[number], 0
+        if self._costs[number]:
+            key = (number, self._units)
+            if key not in self._stalls:
+                self._stalls[key] = self._matmuls(number)
+            stall, self._units = self._stalls[key]
+            self.totals.mxu_busy += self._busy[number]
+            if stall:
+                self.totals.stalls["mxu", segment.start] += stall
+        else:
             self._units = self._aged(self._units, segment.cycles)
-            return
-        key = (number, self._units)
-        result = self._stalls.get(key)
-        if result is None:
-            result = self._stalls[key] = self._matmuls(number)
-        stall, self._units = result
+        end = self.now + segment.cycles + stall
         if self.spans is not None:
-            self.spans.append(
-                Span("mxu", self.now, self.now + segment.cycles + stall, f"{segment.start:#x}")
-            )
-        if stall:
-            self.totals.stalls["mxu", segment.start] += stall
-        self.totals.mxu_busy += self._busy[number]
-        self.now += segment.cycles + stall
+            self.spans.append(Span("issue", self.now, end, f"{segment.start:#x}"))
+            if segment.matmuls:
+                what = f"{len(segment.matmuls)} products"
+                self.spans.append(Span("matrix units", self.now, end, what))
+        self.now = end
 
     @staticmethod
     def _aged(units: tuple[tuple[int, ...], ...], by: int) -> tuple[tuple[int, ...], ...]:
@@ -260,7 +260,7 @@ class Machine:
             self.totals.stalls["dma", place] += self.now - before
             self._units = self._aged(self._units, self.now - before)
             if self.spans is not None:
-                self.spans.append(Span("wait", before, self.now, f"{place:#x}"))
+                self.spans.append(Span("waits", before, self.now, f"{place:#x}"))
 
     def _finish(self) -> None:
         """Lets the next transfer complete, at its time or now if that is past."""

@@ -77,11 +77,14 @@ def _walk(
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        known.update(zip(eqn.outvars, _equation(eqn, inputs, calls), strict=True))
+        outputs = _equation(eqn, inputs, calls, jaxpr.debug_info)
+        known.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _equation(eqn: Any, inputs: Sequence[_Lazy], calls: list[KernelCall]) -> list[_Lazy]:
+def _equation(
+    eqn: Any, inputs: Sequence[_Lazy], calls: list[KernelCall], debug_info: Any
+) -> list[_Lazy]:
     name = eqn.primitive.name
     unknown = [_NOT_KNOWN] * len(eqn.outvars)
     if name == "pallas_call":
@@ -99,7 +102,8 @@ def _equation(eqn: Any, inputs: Sequence[_Lazy], calls: list[KernelCall]) -> lis
             return unknown
 
     variables = list(dict.fromkeys(filter(is_variable, eqn.invars)))
-    alone = core.jaxpr_as_fun(core.ClosedJaxpr(core.Jaxpr([], variables, eqn.outvars, [eqn]), []))
+    part = core.Jaxpr([], variables, eqn.outvars, [eqn], debug_info=debug_info.with_unknown_names())
+    alone = core.jaxpr_as_fun(core.ClosedJaxpr(part, []))  # pyright: ignore[reportPrivateImportUsage]
 
     def compute() -> list[Any] | None:
         arguments = [value() for value in inputs]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tpukit.errors import ArgumentError
 from tpukit.predict.report import KernelPrediction, Prediction
 
-_TRACKS = ("bundles", "matrix units", "waits", "hbm_to_vmem", "vmem_to_hbm")
+_TRACKS = ("issue", "matrix units", "waits", "hbm_to_vmem", "vmem_to_hbm")
 
 
 def trace_events(prediction: Prediction) -> dict[str, Any]:
     """The run as a Chrome trace: one process a kernel, one track each for issue, waits and DMAs.
 
-    Times are in microseconds from the start of the program; the name of a span on the track of
-    bundles is the address of its first bundle.
+    Times are in microseconds from the start of the first kernel. A span of the track `issue` is
+    named by the address of its first bundle; matrix units are busy somewhere within their spans.
 
     Args:
       prediction: made with `spans=True`.
@@ -115,8 +114,3 @@ def _page(axes: Any, kernel: KernelPrediction) -> None:
         axis.invert_yaxis()
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.set_xlabel(label)
-
-
-def busiest(kernels: Iterable[KernelPrediction]) -> KernelPrediction:
-    """The kernel that takes longest."""
-    return max(kernels, key=lambda kernel: kernel.cycles)
