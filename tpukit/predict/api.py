@@ -22,7 +22,7 @@ from tpukit.dumps import (
     read_allocations,
     read_slots,
 )
-from tpukit.errors import ListingError
+from tpukit.errors import ListingError, UnsupportedError
 from tpukit.predict import hlo, program
 from tpukit.predict.machine import Machine, Operand, ReplayError
 from tpukit.predict.rates import Rates, rates
@@ -123,9 +123,9 @@ def _kernels(
     for op in ops:
         if not op.kernel or op.core != "tensorcore":
             continue
-        call = _take(waiting, op)
-        operands = _operands(op, call)
-        one = replay(folder, op.name, operands, constants, spans=spans)
+        operands = _operands(op, _take(waiting, op))
+        dump = _dump_of(folder, op, ops) or op.name
+        one = replay(folder, dump, operands, constants, spans=spans)
         found += [one] * op.repeats
     return found
 
@@ -208,35 +208,50 @@ def _with_latency(
     return Machine(translated, other, operands).run() / (constants.clock.value * 1e6)
 
 
+def _dump_of(folder: Path, op: hlo.Op, ops: Sequence[hlo.Op]) -> str | None:
+    """The name under which an operation was dumped: the compiler compiles equal ones only once."""
+
+    def kind(one: hlo.Op) -> Any:
+        name = re.sub(r"(\.clone|\.\d+)*$", "", one.name) if one.kernel else one.opcode
+        return name, one.core, one.results, one.operands
+
+    equal = [op, *(other for other in ops if kind(other) == kind(op))]
+    names = (one.name for one in equal if any(folder.glob(f"*-{one.name}-*{SCHEDULE}.txt")))
+    return next(names, None)
+
+
 def _glue(folder: Path, ops: Sequence[hlo.Op], constants: Rates) -> list[GluePrediction]:
     constants = dataclasses.replace(constants, bandwidth=constants.xla_bandwidth)
     found = []
-    same: dict[Any, tuple[float, str]] = {}
+    done: dict[str, float | None] = {}
     for op in ops:
         if op.kernel and op.core == "tensorcore":
             continue
-        key = (op.opcode, op.core, op.results, op.operands)
-        if key not in same:
-            same[key] = _one(folder, op, constants)
-        milliseconds, how = same[key]
+        dump = _dump_of(folder, op, ops) if op.core == "tensorcore" else None
+        if dump is not None and dump not in done:
+            done[dump] = _replayed_glue(folder, dump, op, constants)
+        milliseconds, how = done.get(dump) if dump else None, "replayed"
+        if milliseconds is None:
+            milliseconds, how = _estimated_glue(op, constants)
         found.append(GluePrediction(op.name, op.opcode, op.core, milliseconds * op.repeats, how))
     return found
 
 
-def _one(folder: Path, op: hlo.Op, constants: Rates) -> tuple[float, str]:
-    """Milliseconds of an operation of XLA's, and how they were found."""
+def _replayed_glue(folder: Path, dump: str, op: hlo.Op, constants: Rates) -> float | None:
+    """Milliseconds of one of XLA's operations; None where its course depends on data."""
     sizes = [shape.size for shape in (*op.operands, *op.results)]
     operands = {index: Operand(size=max(size, 512)) for index, size in enumerate(sizes)}
-    per_ms = constants.clock.value * 1e6
-    if op.core == "tensorcore":
-        try:
-            chip = chips.chip(constants.chip)
-            path = dump_path(folder, op.name, SCHEDULE)
-            table = read_allocations(dump_path(folder, op.name, ALLOCATIONS))
-            return Machine(
-                program.load(path, table, chip), constants, operands
-            ).run() / per_ms, "replayed"
-        except (ListingError, ReplayError):
-            if op.estimate is not None:
-                return op.estimate / per_ms, "compiler"
+    chip = chips.chip(constants.chip)
+    try:
+        table = read_allocations(dump_path(folder, dump, ALLOCATIONS))
+        translated = program.load(dump_path(folder, dump, SCHEDULE), table, chip)
+        return Machine(translated, constants, operands).run() / (constants.clock.value * 1e6)
+    except (ListingError, ReplayError, UnsupportedError):
+        return None
+
+
+def _estimated_glue(op: hlo.Op, constants: Rates) -> tuple[float, str]:
+    """Milliseconds without a replay, and by whose estimate."""
+    if op.estimate is not None and op.core == "tensorcore":
+        return op.estimate / (constants.clock.value * 1e6), "compiler"
     return op.hbm_bytes / (constants.bandwidth.value * 1e6), "bytes"
