@@ -85,6 +85,11 @@ def aot_target(case: Case) -> tuple[str, dict[str, Any]]:
     return "tests.microbench.fake:build", {k: case.params[k] for k in ("rows", "fault")}
 
 
+def steered(case: Case, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    _, arguments = aot_target(case)
+    return build("", **arguments)
+
+
 def cost(case: Case) -> Cost:
     rows = case.params["rows"]
     assert isinstance(rows, int)
