@@ -8,6 +8,7 @@ import pytest
 
 import gla
 from microbench.cases import gla as cases
+from tpukit.predict import predict
 
 BY_NAME = {case.name: case for case in cases.CASES}
 DECODE = BY_NAME["ling-2.6-flash/decode"]
@@ -89,3 +90,12 @@ def test_check_is_green_on_the_kernel_and_red_on_each_fault(monkeypatch, fault):
     monkeypatch.setattr(gla, "gla", faulty)
     checks = cases.check(DECODE, seed=1)
     assert all(check.ok for check in checks) == (fault in (None, "nothing"))
+
+
+@pytest.mark.parametrize("batch", ["prefill", "decode"])
+def test_the_replayed_schedule_moves_no_byte_more_than_it_must(batch):
+    """Inputs, outputs and states, once each, counted transfer by transfer."""
+    case = BY_NAME[f"ling-2.6-flash/{batch}"]
+    fn, args = cases.steered(case, 0)
+    (kernel,) = predict(fn, *args, chip="tpu7x").kernels
+    assert kernel.hbm_bytes == cases.cost(case).hbm_bytes
