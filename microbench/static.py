@@ -7,7 +7,7 @@ from typing import Any
 
 from microbench.case import Case, Cost, Suite
 from microbench.table import table
-from tpukit import aot, chips, listing
+from tpukit import aot, chips, listing, sparse_listing
 
 _MIB = 1024 * 1024
 
@@ -73,6 +73,12 @@ def details(report: aot.StaticReport) -> str:
             "(always: no condition can skip them; own: all branches; nested: the loops inside)\n"
             f"{_indent(table(loops))}"
         )
+    for sparse in report.sparse_kernels:
+        loops = [
+            _sparse_loop(section.name, x) for section in sparse.sections for x in section.loops
+        ]
+        bundles = ", ".join(f"{x.bundles} bundles of {x.name}" for x in sparse.sections)
+        parts.append(f"SparseCore kernel {sparse.name}: {bundles}\n{_indent(table(loops))}")
     if report.other_ops:
         parts.append("beside the kernels\n" + _indent(table([vars(op) for op in report.other_ops])))
     return "\n".join(parts)
@@ -115,6 +121,18 @@ def _loop(loop: listing.Loop) -> dict[str, Any]:
         "fills": ops.fill,
         "DMA starts": ops.dma_starts,
         "DMA waits": ops.dma_waits,
+    }
+
+
+def _sparse_loop(section: str, loop: sparse_listing.SparseLoop) -> dict[str, Any]:
+    sizes = [stream.size for stream in loop.streams]
+    return {
+        "core": section,
+        "loop": f"{'  ' * (loop.depth - 1)}{loop.start:#x}",
+        "bundles": loop.bundles,
+        "trips": loop.trips,
+        "streams": len(sizes),
+        "stream bytes": None if None in sizes else sum(size or 0 for size in sizes),
     }
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from tpukit import _refusals, chips, errors, listing
+from tpukit import _refusals, chips, errors, listing, sparse_listing
 
 _MODULE_NAME = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 # Opcodes that compute and move nothing themselves.
@@ -116,7 +116,7 @@ class StaticReport:
       target: the function that built the program, "module:function".
       chip: the chip's name.
       kernels: its Pallas kernels on the TensorCore.
-      sparse_kernels: the names of those on the SparseCore, whose schedule the compiler dumps not.
+      sparse_kernels: those on the SparseCores.
       other_ops: what XLA runs beside them.
       lower_seconds, compile_seconds, code_bytes, temp_bytes, argument_bytes, output_bytes: as in
         `Compiled`.
@@ -126,7 +126,7 @@ class StaticReport:
     target: str
     chip: str
     kernels: tuple[listing.Kernel, ...]
-    sparse_kernels: tuple[str, ...]
+    sparse_kernels: tuple[sparse_listing.SparseKernel, ...]
     other_ops: tuple[HloOp, ...]
     lower_seconds: float
     compile_seconds: float
@@ -246,11 +246,17 @@ def static_report(target: str, chip: str, *, timeout: float = 600.0, **kwargs: A
     with tempfile.TemporaryDirectory() as folder:
         result = compile_and_dump(target, chip, Path(folder), timeout=timeout, **kwargs)
         kernels = listing.parse_directory(Path(folder), result.pop("kernels"), entry)
+        names = result.pop("sparse_kernels")
+        sparse_kernels = sparse_listing.parse_directory(Path(folder), names)
     del result["hlo"]
-    result["sparse_kernels"] = tuple(result["sparse_kernels"])
     other_ops = tuple(HloOp(**op) for op in result.pop("other_ops"))
     return StaticReport(
-        target=target, chip=entry.name, kernels=kernels, other_ops=other_ops, **result
+        target=target,
+        chip=entry.name,
+        kernels=kernels,
+        sparse_kernels=sparse_kernels,
+        other_ops=other_ops,
+        **result,
     )
 
 
@@ -292,7 +298,8 @@ def _run_worker(request: str, folder: Path, timeout: float) -> dict[str, Any]:
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     environment["LIBTPU_INIT_ARGS"] = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-        "--xla_jf_dump_llo_pass_label_regex=.*(final|profile|vmem).*"
+        "--xla_jf_dump_llo_pass_label_regex=.*(final|profile|vmem).* "
+        f"--xla_sc_dump_bundles_to={folder}"
     )
     command = [sys.executable, "-m", "tpukit._aot_worker"]
     try:
