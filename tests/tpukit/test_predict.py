@@ -261,6 +261,31 @@ def test_layouts_of_scalar_operands():
         shape.words(np.zeros((3, 200)))
 
 
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main.1 (a.1: f32[64,128]) -> f32[64,128] {
+  %a.1 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %slice-start = (f32[64,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) slice-start(%a.1)
+  %slice-done = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  %b = bf16[64,3]{1,0:T(8,128)(2,1)} fusion(%a.1, %slice-done), calls=%c
+  ROOT %copy.1 = f32[64,128]{1,0:T(8,128)} copy(%a.1)
+}
+"""
+
+
+def test_bytes_of_operations_by_hand():
+    ops = {op.name: op for op in hlo.parse(PROGRAM)}
+    assert list(ops) == ["slice-start", "b", "copy.1"]
+    assert ops["slice-start"].hbm_bytes == 8 * 128 * 4  # read, and kept on the chip
+    assert ops["b"].hbm_bytes == 64 * 128 * 4 + 64 * 128 * 2  # padded to a tile
+    assert ops["copy.1"].hbm_bytes == 2 * 64 * 128 * 4
+
+
+def test_a_program_without_entry_is_an_error():
+    with pytest.raises(ListingError, match="no entry"):
+        hlo.parse("HloModule m\n")
+
+
 @pytest.fixture(scope="module")
 def prediction():
     x = jax.ShapeDtypeStruct((16 * 512, 128), jnp.float32)

@@ -46,6 +46,11 @@ _FREE = frozenset(
 )
 
 
+_PARTIAL = frozenset(
+    {"copy", "slice", "dynamic-slice"}
+)  # what their operand holds is not all moved
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """An array of the program.
@@ -129,7 +134,11 @@ class Op:
     @property
     def hbm_bytes(self) -> int:
         """Bytes of HBM it must at least read and write."""
-        return sum(shape.size for shape in (*self.results, *self.operands) if not shape.on_chip)
+        arrays = [shape for shape in (*self.results, *self.operands) if shape.dims]
+        if self.opcode.removesuffix("-start") in _PARTIAL and arrays:  # moves the smallest of them
+            moved = min(arrays, key=lambda shape: shape.size)
+            return moved.size * (1 if moved.on_chip else 2)
+        return sum(shape.size for shape in arrays if not shape.on_chip)
 
 
 def shapes(text: str) -> tuple[Shape, ...]:

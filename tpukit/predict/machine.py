@@ -212,7 +212,7 @@ class Machine:
             )
         )
         size = granules * GRANULE_BYTES
-        if not 0 < size <= MAX_TRANSFER_BYTES:
+        if size > MAX_TRANSFER_BYTES:
             raise ReplayError(f"{self.program.name}:{place:#x}: a transfer of {size} bytes")
         direction = opcode.removeprefix("dma.")
         if direction == "general":

@@ -137,6 +137,7 @@ _PEAK = "the vendor's peak rate over the size of the matrix units"
 # least mean error, of the kernels' rows first.
 _MATMUL = "grouped matmul (P0077, P0078, P0079, P0082, P0083, P0085, P0087) and XLA matmul rows"
 _COPY = "the limit that the HBM copy rows reach"
+_COPY_SHARE = "nominal times the share of it that the HBM copy rows reach on tpu7x"
 _FLASH = "flash attention rows P0373, P0376, P0377, P0378, P0379"
 RATES = MappingProxyType(
     {
@@ -144,6 +145,7 @@ RATES = MappingProxyType(
             "v5e",
             clock=Constant(1.5, "GHz", "derived", _PEAK),
             bandwidth=Constant(820.0, "GB/s", "vendor", _NOMINAL),
+            xla_bandwidth=Constant(713.0, "GB/s", "derived", _COPY_SHARE),
             latency=Constant(0.8, "us", "assumed", "as fitted on v6e and tpu7x"),
             matmul=16,
         ),
