@@ -1,8 +1,10 @@
 """The replay of final schedules: on stored dumps counted by hand, and on seeded faults."""
 
 import dataclasses
+import functools
 import json
 import re
+import time
 import zipfile
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from tests.tpukit import aot_targets
 from tpukit import chips, dumps
@@ -165,7 +168,7 @@ def test_a_missing_operand_is_an_error(dump):
 def matmul_program(chip, cycles):
     """A program of one segment that starts a product on unit 0 at each of the cycles."""
     segment = program.Segment(0, 100, 100, tuple((cycle, 0, "bf16") for cycle in cycles))
-    return program.Program("p", (), (), (segment,), (), {}, 0, (), 0), rates(chip)
+    return program.Program("p", (), (), (segment,), (), {}, 0, 0), rates(chip)
 
 
 def test_matrix_units_by_hand():
@@ -357,3 +360,53 @@ def test_picture(prediction, tmp_path):
     pytest.importorskip("matplotlib")
     timeline.draw(prediction, tmp_path / "page.png")
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_million_bundles_a_second(dump):
+    """On the worst kind of program: loops of twelve bundles."""
+    translated = load(dump("tpu7x"), "tpu7x")
+    best = 0.0
+    for _ in range(5):
+        machine = Machine(translated, rates("tpu7x"), operands([64] * 16))
+        begin = time.perf_counter()
+        machine.run()
+        seconds = time.perf_counter() - begin
+        pairs = zip(machine.totals.visits, translated.segments, strict=True)
+        best = max(best, sum(n * segment.cycles for n, segment in pairs) / seconds)
+    assert best > 2e6
+
+
+def paged_attention(q_lens, kv_lens, page=16, heads=8, kv_heads=2, dim=128):
+    """JAX's own kernel on a batch of these lengths."""
+    pages = [-(-length // page) for length in kv_lens]
+    table = np.zeros((len(kv_lens), max(pages)), np.int32)
+    for row, first, count in zip(table, np.cumsum([0, *pages]), pages, strict=False):
+        row[:count] = first + np.arange(count)
+    fn = functools.partial(
+        ragged_paged_attention,
+        num_kv_pages_per_block=4,
+        num_queries_per_block=16,
+        vmem_limit_bytes=64 * 2**20,
+    )
+    q = jax.ShapeDtypeStruct((sum(q_lens), heads, dim), jnp.bfloat16)
+    # Large enough that XLA leaves it in HBM.
+    kv = jax.ShapeDtypeStruct((max(sum(pages), 8192), page, 2 * kv_heads, dim), jnp.bfloat16)
+    lengths, starts = jnp.asarray(kv_lens), jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
+    steer = lengths, jnp.asarray(table), starts, jnp.asarray([len(kv_lens)])
+    prediction = predict(jax.jit(fn), q, kv, *steer, chip="v6e")
+    kernel = max(prediction.kernels, key=lambda kernel: kernel.cycles)
+    return kernel, sum(pages) * page * 2 * kv_heads * dim * 2
+
+
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"),
+    [([1] * 16, [512] * 16), ([1, 1, 1, 48, 33, 1], [64, 700, 33, 48, 128, 1999])],
+    ids=["uniform", "mixed"],
+)
+def test_jax_s_ragged_paged_attention(q_lens, kv_lens):
+    kernel, kv_bytes = paged_attention(q_lens, kv_lens)
+    assert kernel.name.startswith("ragged_paged_attention")
+    read = kernel.moved["hbm_to_vmem"]
+    blocks = sum(-(-length // 64) * 64 * 2 * 2 * 128 * 2 for length in kv_lens)
+    again = sum(-(-q // 16) for q in q_lens) - len(q_lens)  # a request's blocks, per block of rows
+    assert kv_bytes <= read <= (blocks + sum(q_lens) * 8 * 128 * 2 * 4) * (1 + again)

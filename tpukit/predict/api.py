@@ -197,7 +197,7 @@ def replay(
     low = high = report.milliseconds
     if report.dma_stall > 0.2:
         low, high = (_with_latency(translated, constants, operands, us) for us in LATENCY_BAND_US)
-    return dataclasses.replace(report, _band=(low, high))
+    return dataclasses.replace(report, band=(low, high))
 
 
 def _with_latency(

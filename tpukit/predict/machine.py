@@ -24,6 +24,7 @@ from tpukit.predict.values import MASK, UNKNOWN, Unpredictable, known
 
 MAX_TRANSFER_BYTES = 1 << 30
 _WORD = 4
+_APART = 1024  # granules between operands
 
 
 class ReplayError(Exception):
@@ -101,40 +102,34 @@ class Machine:
             for seg in program.segments
         ]
         self._busy = [sum(cost for *_, cost in costs) for costs in self._costs]
+        # Granules from which operands are laid out, and the unit of addresses, by space.
+        granules_of_smem = (SMEM_BASE + 0x60000) * _WORD // GRANULE_BYTES
+        vmem_end = (program.vmem_end + _APART) * VMEM_WORD_BYTES // GRANULE_BYTES
+        self._next = {"hbm": HBM_BASE, "vmem": vmem_end, "smem": granules_of_smem}
+        hbm_unit = chips.chip(rates.chip).hbm_address_bytes
+        self._address_bytes = {"hbm": hbm_unit, "vmem": VMEM_WORD_BYTES, "smem": _WORD}
         for declaration in program.declarations:
             self._declare(declaration, operands)
 
     def _declare(self, one: Declaration, operands: Mapping[int, Operand]) -> None:
         """Gives an operand its address, or its value."""
         operand = operands.get(one.index)
-        number = int(one.register[2:-1])
         if operand is None:
-            raise ReplayError(
-                f"operand {one.index} ({one.shape}) of {self.program.name} is missing"
-            )
+            what = f"operand {one.index} ({one.shape}) of {self.program.name} is missing"
+            raise ReplayError(what)
+        words = operand.words
         if one.space == "value":
-            words = operand.words
-            self.s[number] = UNKNOWN if words is None else int(words[0])
-            return
-        granules = -(-operand.size // GRANULE_BYTES)
-        place = getattr(self, f"_next_{one.space}", None)
-        if one.space == "hbm":
-            start = HBM_BASE if place is None else place
-            self._next_hbm = start + -(-granules // 1024) * 1024 + 1024
-            place = start * GRANULE_BYTES // chips.chip(self.rates.chip).hbm_address_bytes
-        elif one.space == "vmem":
-            place = self.program.vmem_end + 64 if place is None else place
-            self._next_vmem = place + -(-operand.size // VMEM_WORD_BYTES) + 8
-            start = place * (VMEM_WORD_BYTES // GRANULE_BYTES)
+            value = UNKNOWN if words is None else int(words[0])
         else:
-            place = SMEM_BASE + 0x60000 if place is None else place
-            self._next_smem = place + -(-operand.size // _WORD) + 128
-            if operand.words is not None:
-                self.mem.update(enumerate(map(int, operand.words), start=place))
-            start = None
-        self.s[number] = place
-        if operand.words is not None and start is not None:
-            self.scalars.append((start, operand.words))
+            begin = self._next[one.space]
+            granules = -(-operand.size // GRANULE_BYTES)
+            self._next[one.space] = begin + -(-granules // _APART) * _APART + _APART
+            value = begin * GRANULE_BYTES // self._address_bytes[one.space]
+            if words is not None and one.space == "smem":
+                self.mem.update(enumerate(map(int, words), start=value))
+            elif words is not None:
+                self.scalars.append((begin, words))
+        self.s[int(one.register[2:-1])] = value
 
     def run(self, limit: int = 1 << 40) -> int:
         """Replays to the end; returns the cycles.
@@ -148,11 +143,10 @@ class Machine:
             while at != END:
                 if self.now > limit:
                     raise ReplayError(f"more than {limit} cycles")
-                last, at = at, blocks[at](self, s, p, mem, taken)
+                at = blocks[at](self, s, p, mem, taken)
         except Unpredictable as error:
             where = self.program.starts[at]
             raise ReplayError(f"{self.program.name}, block at {where:#x}: {error}") from error
-        del last
         if self.pending:
             raise ReplayError(f"{self.program.name}: {len(self.pending)} transfers never awaited")
         return self.now

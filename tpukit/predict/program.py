@@ -56,7 +56,7 @@ class Program:
       declarations: the operands.
       allocations: address of each allocation, in the units of its space.
       branches: number of branches.
-      regions: (start, end, depth) of each block for reports.
+      vmem_end: the first VMEM address after the allocations.
     """
 
     name: str
@@ -66,7 +66,6 @@ class Program:
     declarations: tuple[Declaration, ...]
     allocations: dict[str, int]
     branches: int
-    depths: tuple[int, ...]
     vmem_end: int
 
 
@@ -97,7 +96,6 @@ def load(schedule: Path, allocations: Sequence[Allocation], chip: Chip) -> Progr
         declarations=tuple(declarations),
         allocations=addresses,
         branches=len(branches),
-        depths=tuple(bundles[start].depth for start in edges[:-1]),
         vmem_end=vmem_end,
     )
 

@@ -71,6 +71,8 @@ class KernelPrediction:
       vmem_bytes, smem_bytes: of its buffers.
       floor_milliseconds: the least time at the vendor's peak rates for the matrix work and the HBM
         bytes of this schedule.
+      band: milliseconds if the latency of a transfer were at either end of what is plausible, where
+        waiting takes over a fifth of the time; else the prediction twice.
       spans: what happened when, if it was asked for.
     """
 
@@ -89,6 +91,7 @@ class KernelPrediction:
     vmem_bytes: int
     smem_bytes: int
     floor_milliseconds: float
+    band: tuple[float, float]
     spans: tuple[Span, ...]
 
     @property
@@ -115,16 +118,6 @@ class KernelPrediction:
         if self.use["mxu"] >= 0.75:
             return "MXU"
         return "latency" if self.dma_stall >= 0.2 else "issue"
-
-    @property
-    def band(self) -> tuple[float, float]:
-        """Milliseconds if the latency of a transfer were at either end of what is plausible.
-
-        Only where waiting takes over a fifth of the time; else both are the prediction.
-        """
-        return self._band
-
-    _band: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +253,7 @@ def summarise(
         vmem_bytes=listing.vmem_bytes,
         smem_bytes=listing.smem_bytes,
         floor_milliseconds=max(peak_cycles, hbm_bytes / (chip.hbm_gb_per_s * 1e6)),
+        band=(machine.now / per_ms, machine.now / per_ms),
         spans=tuple(machine.spans or ()),
     )
 
