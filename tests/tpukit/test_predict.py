@@ -165,6 +165,17 @@ def test_a_missing_operand_is_an_error(dump):
         Machine(load(dump("v5e"), "v5e"), rates("v5e"), {0: Operand(512), 1: Operand(ARRAY)})
 
 
+def test_scalars_in_memory_are_known_until_they_are_overwritten(dump):
+    machine = Machine(load(dump("tpu7x"), "tpu7x"), rates("tpu7x"), operands())
+    ((start, words),) = machine.scalars
+    machine.transfer("dma.vmem_to_smem", 0, start, 2, 7000, 3)
+    assert [machine.mem.get(7000 + i) for i in range(17)] == [*map(int, words), None]
+    machine.transfer("dma.hbm_to_vmem", 0, 1 << 25, 1, start + 1, 3)
+    assert not machine.scalars
+    machine.transfer("dma.vmem_to_smem", 0, start, 1, 7000, 3)
+    assert [machine.mem.get(7000 + i) for i in (0, 7, 8)] == [None, None, int(words[8])]
+
+
 def matmul_program(chip, cycles):
     """A program of one segment that starts a product on unit 0 at each of the cycles."""
     segment = program.Segment(0, 100, 100, tuple((cycle, 0, "bf16") for cycle in cycles))

@@ -213,6 +213,8 @@ class Machine:
             direction = f"{_space(source)}_to_{_space(destination)}"
         if direction.endswith("to_smem"):
             self._copy_scalars(source, destination, size // _WORD)
+        elif self.scalars:
+            self._forget(destination, granules)
         through_hbm = "hbm" in direction
         rates = self.rates
         if through_hbm:
@@ -233,12 +235,24 @@ class Machine:
 
     def _copy_scalars(self, source: int, destination: int, words: int) -> None:
         """Puts the words that a DMA brings into SMEM, as far as they are known."""
+        part: np.ndarray | tuple[()] = ()
         for start, values in self.scalars:
             offset = (source - start) * (GRANULE_BYTES // _WORD)
             if 0 <= offset < len(values):
                 part = values[offset : offset + words]
-                self.mem.update(enumerate(map(int, part), start=destination))
-                return
+        self.mem.update(enumerate(map(int, part), start=destination))
+        for word in range(destination + len(part), destination + words):
+            self.mem.pop(word, None)
+
+    def _forget(self, destination: int, granules: int) -> None:
+        """Data that the replay does not have overwrites what it knew of an operand."""
+        end = destination + granules
+        per_granule = GRANULE_BYTES // _WORD
+        self.scalars = [
+            (start, values)
+            for start, values in self.scalars
+            if end <= start or start + -(-len(values) // per_granule) <= destination
+        ]
 
     def wait(self, place: int, flag: int, amount: int) -> None:
         """Waits until the semaphore has the amount; does not take it."""
