@@ -131,10 +131,11 @@ def _kernels(
 
 
 def _take(waiting: list[KernelCall], op: hlo.Op) -> KernelCall:
-    """The call that became this kernel: the first of its name that is left."""
+    """The call that became this kernel: the first of its name, or without one, that is left."""
     base = re.sub(r"[^\w]", "_", re.sub(r"\.\d+$", "", op.name))
     for call in waiting:
-        if re.sub(r"[^\w]", "_", call.name) == base and len(call.operands) == len(op.operands):
+        named = re.sub(r"[^\w]", "_", call.name)
+        if named in ("", base) and len(call.operands) == len(op.operands):
             waiting.remove(call)
             return call
     left = [call.name for call in waiting]

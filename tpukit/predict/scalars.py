@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from tpukit.errors import UnsupportedError
+
 _CALLS = ("jaxpr", "call_jaxpr", "call", "fun_jaxpr")
 _LOOPS = ("while", "scan")
 
@@ -24,7 +26,7 @@ class KernelCall:
     """A `pallas_call` of a program.
 
     Attributes:
-      name: of the kernel.
+      name: of the kernel, or "" if it has none.
       operands: one function an operand: its value, or None where that is not known.
     """
 
@@ -88,7 +90,7 @@ def _equation(
     name = eqn.primitive.name
     unknown = [_NOT_KNOWN] * len(eqn.outvars)
     if name == "pallas_call":
-        calls.append(KernelCall(_kernel_name(eqn), tuple(inputs)))
+        calls.append(KernelCall(str(eqn.params["name"] or ""), tuple(inputs)))
         return unknown
     inner = next((eqn.params[key] for key in _CALLS if key in eqn.params), None)
     if inner is not None and name not in _LOOPS:
@@ -98,8 +100,10 @@ def _equation(
         return _branch(eqn, inputs, calls, unknown)
     for bodies in eqn.params.values():
         if name in _LOOPS and "pallas_call" in str(bodies):
-            calls.append(KernelCall("", ()))  # Its operands change from turn to turn.
-            return unknown
+            inside = "a kernel in a loop, whose operands change from turn to turn"
+            raise UnsupportedError(
+                where="predict", what=inside, place="a replay", why="each turn is another run"
+            )
 
     variables = list(dict.fromkeys(filter(is_variable, eqn.invars)))
     part = core.Jaxpr([], variables, eqn.outvars, [eqn], debug_info=debug_info.with_unknown_names())
@@ -134,10 +138,3 @@ def _branch(
     branches = eqn.params["branches"]
     chosen = branches[int(np.clip(index, 0, len(branches) - 1))]
     return _walk(chosen.jaxpr, chosen.consts, inputs[1:], calls)
-
-
-def _kernel_name(eqn: Any) -> str:
-    name = eqn.params.get("name")
-    if name is None:
-        name = eqn.params["name_and_src_info"].name
-    return str(name)
