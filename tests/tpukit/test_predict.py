@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from tests.tpukit import aot_targets
@@ -260,6 +262,46 @@ def test_scalars_follow_the_program():
     assert call.name == "ragged"
     np.testing.assert_array_equal(call.operands[0](), np.sort(LENGTHS) // 2)
     assert call.operands[1]() is None
+
+
+def test_a_kernel_in_a_loop_is_refused():
+    def fn(n, x):
+        return jax.lax.fori_loop(0, 3, lambda i, x: aot_targets.ragged_call(n, x), x)
+
+    x = jax.ShapeDtypeStruct((16 * 512, 128), jnp.float32)
+    closed = jax.make_jaxpr(fn)(LENGTHS.astype(np.int32), x)
+    with pytest.raises(UnsupportedError, match="a kernel in a loop"):
+        kernel_calls(closed, [LENGTHS.astype(np.int32), x])
+
+
+def test_two_equal_kernels_without_a_name():
+    """The compiler compiles them once; both are replayed, each with its own operands."""
+
+    def body(n_ref, x_ref, o_ref):
+        o_ref[...] = x_ref[...] * 2.0
+
+        def again(_, __):
+            o_ref[...] = jnp.exp(o_ref[...])
+
+        jax.lax.fori_loop(0, n_ref[0], again, None)
+
+    def call(n, x):
+        grid = pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(64,),
+            in_specs=[pl.BlockSpec((128, 128), lambda i, n: (i, 0))],
+            out_specs=pl.BlockSpec((128, 128), lambda i, n: (i, 0)),
+        )
+        out = jax.ShapeDtypeStruct((8192, 128), jnp.float32)
+        return pl.pallas_call(body, grid_spec=grid, out_shape=out)(n, x)
+
+    def fn(n, x):
+        return call(n + 40, call(n, x))
+
+    x = jax.ShapeDtypeStruct((8192, 128), jnp.float32)
+    few, many = predict(fn, jnp.zeros(1, jnp.int32), x, chip="tpu7x").kernels
+    assert many.bundles > 3 * few.bundles
+    assert many.use["eup"] > 0 == few.use["eup"]
 
 
 def test_layouts_of_scalar_operands():
