@@ -197,6 +197,28 @@ def test_matrix_units_by_hand():
     assert free.now == 100
 
 
+@pytest.mark.parametrize(
+    ("chip", "dtype", "cycles"),
+    [
+        ("v5e", "bf16", 16),
+        ("v5e", "f32", 8),
+        ("v5e", "s8", 16),  # 32 rows at twice the rate
+        ("v6e", "bf16", 8),
+        ("v6e", "s8", 8),
+        ("v6e", "f8e4m3b11", 16),  # 32 rows at the rate of bf16
+        ("tpu7x", "f8e4m3fn", 8),
+    ],
+)
+def test_rates_of_matrix_types(chip, dtype, cycles):
+    assert rates(chip).matmul_cycles(dtype) == cycles
+
+
+@pytest.mark.parametrize(("chip", "dtype"), [("v5e", "f8e4m3b11"), ("tpu7x", "s8"), ("v6e", "s4")])
+def test_matrix_types_without_a_rate(chip, dtype):
+    with pytest.raises(UnsupportedError, match="no rate is published"):
+        rates(chip).matmul_cycles(dtype)
+
+
 def test_matrix_backlog_crosses_segments():
     machine = Machine(*matmul_program("v5e", [0, 98, 99]), {})
     machine.step(0)

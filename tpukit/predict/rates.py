@@ -94,20 +94,27 @@ class Rates:
         return size * self.clock.value / self.local_bandwidth.value
 
     def matmul_cycles(self, dtype: str) -> int:
-        """Cycles of one matrix operation; its operand is one vector register.
+        """Cycles of one matrix operation, whose rows fill one vector register.
+
+        That is 8 rows of f32, 16 of bf16, 32 of bytes. f32 takes the time of as many rows of bf16,
+        bytes that of the vendor's peak rate for them.
 
         Raises:
-          UnsupportedError: the type is not modelled.
+          UnsupportedError: the chip has no known rate for the type.
         """
-        relative = {"bf16": 1.0, "f32": 0.5, "s8": 1.0, "u8": 1.0, "f8e4m3fn": 1.0, "f8e5m2": 1.0}
-        if dtype not in relative:
+        chip = chips.chip(self.chip)
+        peak = {"s8": chip.int8_tops, "u8": chip.int8_tops}.get(
+            dtype, chip.fp8_tflops if dtype.startswith("f8") else 0.0
+        )
+        relative = {"bf16": 1.0, "f32": 0.5}.get(dtype, 2 * chip.bf16_tflops / peak if peak else 0)
+        if not relative:
             raise UnsupportedError(
                 where="predict",
-                what=f"matrix operations of {dtype}",
+                what=f"a kernel with matrix operations of {dtype}",
                 place=self.chip,
-                why="their rate is not modelled",
+                why="no rate is published for them",
             )
-        return int(self.matmul.value * relative[dtype])
+        return round(self.matmul.value * relative)
 
 
 def _rates(
