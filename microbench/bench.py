@@ -18,7 +18,7 @@ from microbench.record import Log, record
 from microbench.table import table
 from microbench.timing import time_calls
 from tpukit import chips, errors, interpret
-from tpukit.predict import ReplayError, predict
+from tpukit.predict import predict
 
 
 class Exit(enum.IntEnum):
@@ -205,7 +205,7 @@ class Bench:
         for chip in self.options.chips:
             try:
                 found = predict(fn, *args, chip=chip, spans=bool(self.options.trace))
-            except (*_REFUSALS, ReplayError) as error:
+            except _REFUSALS as error:
                 self.statuses.append(Exit.UNSUPPORTED)
                 print(f"\n{case.name} on {chip}: {error}")
                 rows.append({"case": case.name, "chip": chip})
@@ -223,6 +223,7 @@ _REFUSALS = (
     errors.KernelResourceError,
     errors.KernelCompileError,
     errors.ListingError,
+    errors.ReplayError,
     errors.UnsupportedError,
 )
 _TITLES = {

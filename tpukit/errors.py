@@ -159,6 +159,23 @@ class ListingError(ValueError):
         super().__init__(f"{file}:{line}: {what}")
 
 
+class ReplayError(RuntimeError):
+    """A replay of a schedule that cannot be right: it stops, and gives no number.
+
+    Attributes:
+      kernel: the name of the schedule.
+      address: of the bundle at fault, or None.
+      what: what is wrong.
+    """
+
+    def __init__(self, *, kernel: str, address: int | None, what: str) -> None:
+        self.kernel = kernel
+        self.address = address
+        self.what = what
+        place = "" if address is None else f", bundle {address:#x}"
+        super().__init__(f"{kernel}{place}: {what}")
+
+
 class TableError(ValueError):
     """A block-size table holds something that its schema does not allow.
 

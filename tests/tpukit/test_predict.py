@@ -18,8 +18,8 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 
 from tests.tpukit import aot_targets
 from tpukit import chips, dumps
-from tpukit.errors import ListingError, UnsupportedError
-from tpukit.predict import ReplayError, api, hlo, instructions, predict, program, timeline, values
+from tpukit.errors import ListingError, ReplayError, UnsupportedError
+from tpukit.predict import api, hlo, instructions, predict, program, timeline, values
 from tpukit.predict.machine import Machine, Operand
 from tpukit.predict.rates import rates
 from tpukit.predict.scalars import kernel_calls

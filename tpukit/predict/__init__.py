@@ -1,7 +1,6 @@
 """Predicts the time of TPU kernels on a machine that has no TPU, by replaying final schedules."""
 
 from tpukit.predict.api import predict
-from tpukit.predict.machine import ReplayError
 from tpukit.predict.rates import RATES, Constant, Rates
 from tpukit.predict.report import GluePrediction, KernelPrediction, Prediction
 
@@ -12,6 +11,5 @@ __all__ = [
     "KernelPrediction",
     "Prediction",
     "Rates",
-    "ReplayError",
     "predict",
 ]

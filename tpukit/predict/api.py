@@ -22,9 +22,9 @@ from tpukit.dumps import (
     read_allocations,
     read_slots,
 )
-from tpukit.errors import ListingError, UnsupportedError
+from tpukit.errors import ListingError, ReplayError, UnsupportedError
 from tpukit.predict import hlo, program
-from tpukit.predict.machine import Machine, Operand, ReplayError
+from tpukit.predict.machine import Machine, Operand
 from tpukit.predict.rates import Rates, rates
 from tpukit.predict.report import (
     LATENCY_BAND_US,
@@ -194,7 +194,7 @@ def replay(
     report = summarise(name, machine, constants, read_slots(paths[1]), static)
     if report.roofline > 1.0:
         what = f"faster than the roofline: {report.milliseconds} < {report.floor_milliseconds} ms"
-        raise ReplayError(f"{name}: {what}")
+        raise ReplayError(kernel=name, address=None, what=what)
     low = high = report.milliseconds
     if report.dma_stall > 0.2:
         low, high = (_with_latency(translated, constants, operands, us) for us in LATENCY_BAND_US)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tpukit import chips
+from tpukit.errors import ReplayError
 from tpukit.predict.instructions import Declaration
 from tpukit.predict.program import END, GRANULE_BYTES, HBM_BASE, SMEM_BASE, VMEM_WORD_BYTES, Program
 from tpukit.predict.rates import Rates
@@ -25,10 +26,6 @@ from tpukit.predict.values import MASK, UNKNOWN, Unpredictable, known
 MAX_TRANSFER_BYTES = 1 << 30
 _WORD = 4
 _APART = 1024  # granules between operands
-
-
-class ReplayError(Exception):
-    """A replay that cannot be right: it stops with the place, and gives no number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +112,7 @@ class Machine:
         """Gives an operand its address, or its value."""
         operand = operands.get(one.index)
         if operand is None:
-            what = f"operand {one.index} ({one.shape}) of {self.program.name} is missing"
-            raise ReplayError(what)
+            raise self._error(None, f"operand {one.index} ({one.shape}) is missing")
         words = operand.words
         if one.space == "value":
             value = UNKNOWN if words is None else int(words[0])
@@ -142,13 +138,12 @@ class Machine:
         try:
             while at != END:
                 if self.now > limit:
-                    raise ReplayError(f"more than {limit} cycles")
+                    raise self._error(self.program.starts[at], f"more than {limit} cycles")
                 at = blocks[at](self, s, p, mem, taken)
         except Unpredictable as error:
-            where = self.program.starts[at]
-            raise ReplayError(f"{self.program.name}, block at {where:#x}: {error}") from error
+            raise self._error(self.program.starts[at], str(error)) from error
         if self.pending:
-            raise ReplayError(f"{self.program.name}: {len(self.pending)} transfers never awaited")
+            raise self._error(None, f"{len(self.pending)} transfers never awaited")
         return self.now
 
     def step(self, number: int) -> None:
@@ -207,7 +202,7 @@ class Machine:
         )
         size = granules * GRANULE_BYTES
         if size > MAX_TRANSFER_BYTES:
-            raise ReplayError(f"{self.program.name}:{place:#x}: a transfer of {size} bytes")
+            raise self._error(place, f"a transfer of {size} bytes")
         direction = opcode.removeprefix("dma.")
         if direction == "general":
             direction = f"{_space(source)}_to_{_space(destination)}"
@@ -262,7 +257,7 @@ class Machine:
         while self.flags[flag] < amount:
             if not self.pending:
                 what = f"waits for {amount} on a semaphore that has {self.flags[flag]}, for ever"
-                raise ReplayError(f"{self.program.name}:{place:#x}: {what}")
+                raise self._error(place, what)
             self._finish()
         if self.now > before:
             self.totals.stalls["dma", place] += self.now - before
@@ -300,12 +295,15 @@ class Machine:
 
     def halt(self, place: int, comment: str) -> None:
         """A check that the compiler put in has fired."""
-        raise ReplayError(f"{self.program.name}:{place:#x}: a check fired: {comment[:160]}")
+        raise self._error(place, f"a check fired: {comment[:160]}")
 
     def check_branches(self, number: int) -> None:
         """A branch is taken: no other may be under way."""
         if any(flag is True for flag in self.taken):
-            raise ReplayError(f"{self.program.name}: two branches taken at once, one is {number}")
+            raise self._error(None, f"two branches taken at once, one is {number}")
+
+    def _error(self, address: int | None, what: str) -> ReplayError:
+        return ReplayError(kernel=self.program.name, address=address, what=what)
 
 
 def _space(address: int) -> str:
