@@ -4,7 +4,9 @@ Standing is "vendor" (a data sheet), "schedule" (read off the compiler's own sch
 (follows from those), "fitted" (on the rows named and no others), or "assumed" (nothing public to
 test it by). The rows are in `microbench/validation/published.csv`, those for fitting marked `fit`.
 A first fit for tpu7x, on the grouped matmuls alone, gave 1.75 GHz, 3,000 GB/s and 1.2 us; flash
-attention showed that latency to be too long, and all the rows marked `fit` were used instead.
+attention showed that latency to be too long, and all the rows marked `fit` were used instead. That
+XLA's operations have a bandwidth of their own, on v5e too, was decided after rows marked `test` had
+been predicted; its values are not taken from them.
 """
 
 from __future__ import annotations
