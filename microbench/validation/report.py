@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 from microbench import environment
 from microbench.cli import Options
+from microbench.record import Log, Record
 from microbench.table import table
 from microbench.validation import rows
 from microbench.validation.run import Outcome, predict_rows, summary
@@ -29,13 +28,16 @@ def run(options: Options) -> int:
         return 2
     print(f"{len(selected)} published times, predicted again; versions {environment.versions()}")
     outcomes = []
-    for outcome in predict_rows(selected, min(_PROCESSES, len(selected))):
-        outcomes.append(outcome)
-        print(_line(outcome), flush=True)
+    log = Log(options.json, options.csv)
+    try:
+        for outcome in predict_rows(selected, min(_PROCESSES, len(selected))):
+            outcomes.append(outcome)
+            log.add(_record(outcome))
+            print(_line(outcome), flush=True)
+    finally:
+        log.close()
     totals = summary(outcomes)
     print(f"\nerrors of the whole call, predicted against published\n{table(totals)}")
-    if options.json:
-        Path(options.json).write_text("".join(json.dumps(_record(o)) + "\n" for o in outcomes))
     held = all(
         row["not predicted"] == 0
         and (
@@ -58,8 +60,10 @@ def _line(outcome: Outcome) -> str:
     )
 
 
-def _record(outcome: Outcome) -> dict[str, object]:
+def _record(outcome: Outcome) -> Record:
     return {
+        "kind": "validate",
+        "label": "predicted",
         "id": outcome.row.id,
         "use": outcome.row.use,
         "kernel": outcome.row.kernel,
@@ -70,4 +74,7 @@ def _record(outcome: Outcome) -> dict[str, object]:
         "binds": outcome.binds,
         "problem": outcome.problem,
         "source": outcome.row.source,
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "command": f"python -m microbench validate --case {outcome.row.id}",
     }

@@ -101,11 +101,18 @@ def test_status_says_whether_the_targets_hold(monkeypatch, capsys, outcome, stat
 
 def test_validate_predicts_a_row(microbench, tmp_path):
     """One that needs no other package, from the command line to the file."""
-    path = tmp_path / "rows.jsonl"
-    status, out, err = microbench("validate", "--case", "P1136", "--json", str(path))
+    path, sheet = tmp_path / "rows.jsonl", tmp_path / "rows.csv"
+    words = ["validate", "--case", "P1136", "--json", str(path), "--csv", str(sheet)]
+    status, out, err = microbench(*words)
     assert status == 0, err
     (entry,) = map(json.loads, path.read_text().splitlines())
     assert entry["id"] == "P1136"
+    assert (entry["label"], entry["command"]) == (
+        "predicted",
+        "python -m microbench validate --case P1136",
+    )
+    assert "jax" in entry["versions"] and entry["commit"]
+    assert "P1136" in sheet.read_text()
     assert abs(entry["predicted_ms"] / entry["published_ms"] - 1) < 0.05
     assert "hbm_copy" in out
 
