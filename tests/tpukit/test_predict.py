@@ -181,7 +181,7 @@ def test_scalars_in_memory_are_known_until_they_are_overwritten(dump):
 def matmul_program(chip, cycles):
     """A program of one segment that starts a product on unit 0 at each of the cycles."""
     segment = program.Segment(0, 100, 100, tuple((cycle, 0, "bf16") for cycle in cycles))
-    return program.Program("p", (), (), (segment,), (), {}, 0, 0), rates(chip)
+    return program.Program("p", (), (), (segment,), (), 0, 0), rates(chip)
 
 
 def test_matrix_units_by_hand():

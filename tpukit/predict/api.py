@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from tpukit.predict.report import (
 from tpukit.predict.scalars import KernelCall, kernel_calls
 
 _CUSTOM_CALL = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
+_SCALAR_TYPES = ("s32", "u32", "pred", "f32")
 _LARGEST_SCALAR_OPERAND = 1 << 20  # elements
 
 
@@ -148,14 +150,8 @@ def _operands(op: hlo.Op, call: KernelCall) -> dict[int, Operand]:
     """Sizes of all operands; values of those that can be scalars and are known."""
     found = {}
     for index, (shape, value) in enumerate(zip(op.operands, call.operands, strict=True)):
-        known = None
-        if np.prod(shape.dims, dtype=np.int64) <= _LARGEST_SCALAR_OPERAND and shape.dtype in (
-            "s32",
-            "u32",
-            "pred",
-            "f32",
-        ):
-            known = value()
+        small = math.prod(shape.dims) <= _LARGEST_SCALAR_OPERAND
+        known = value() if small and shape.dtype in _SCALAR_TYPES else None
         words = None if known is None else shape.words(np.asarray(known))
         found[index] = Operand(size=shape.size, words=words)
     for index, shape in enumerate(op.results, start=len(op.operands)):

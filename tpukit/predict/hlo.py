@@ -37,18 +37,14 @@ _FREE = frozenset(
         "call-update",
         "async-start",
         "async-update",
-        "copy-done",
         "after-all",
         "partition-id",
         "replica-id",
         "optimization-barrier",
     ]
 )
-
-
-_PARTIAL = frozenset(
-    {"copy", "slice", "dynamic-slice"}
-)  # what their operand holds is not all moved
+# These move no more than the smallest of the arrays they name.
+_PARTIAL = frozenset({"copy", "slice", "dynamic-slice"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +131,7 @@ class Op:
     def hbm_bytes(self) -> int:
         """Bytes of HBM it must at least read and write."""
         arrays = [shape for shape in (*self.results, *self.operands) if shape.dims]
-        if self.opcode.removesuffix("-start") in _PARTIAL and arrays:  # moves the smallest of them
+        if self.opcode.removesuffix("-start") in _PARTIAL and arrays:
             moved = min(arrays, key=lambda shape: shape.size)
             return moved.size * (1 if moved.on_chip else 2)
         return sum(shape.size for shape in arrays if not shape.on_chip)

@@ -83,8 +83,8 @@ TRANSFERS = {
     "dma.hbm_to_hbm",
     "dma.general",
 }
-SYNCHRONISATION = {"dma.done.wait", "vsyncadd", "vsyncpa", "vsyncset", "vsyncmov"}
-CONTROL = {"sbr.rel", "shalt.err", "sphi"}
+_SYNCHRONISATION = {"dma.done.wait", "vsyncadd", "vsyncpa", "vsyncset", "vsyncmov"}
+_CONTROL = {"sbr.rel", "shalt.err", "sphi"}
 DIVISION = {"sdivrem.u32", "sdivrem.s32"}
 _NOTHING = {"sfence", "compiler-scheduling-barrier", "vdelay", "vnop", "snop", "strace", "vtrace"}
 _DECLARATION = "inlined_call_operand."
@@ -98,6 +98,7 @@ _VECTOR_NAMES = (
 )
 _VECTOR = frozenset(_VECTOR_NAMES.split())
 POPS = {"vpop.sfrf", "spop.drf"}
+_SCALAR = {*ARITHMETIC, *TRANSFERS, *_SYNCHRONISATION, *_CONTROL, *DIVISION, *POPS, "sld", "sst"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,6 @@ class Declaration:
     index: int
     space: str
     shape: str
-    output: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,17 +171,7 @@ def _decode(file: str, line: int, text: str, comment: str) -> Decoded | None:
         return None
     if opcode.startswith("vmatmul"):
         return _matmul(file, line, opcode)
-    known = (
-        opcode in ARITHMETIC
-        or opcode in TRANSFERS
-        or opcode in SYNCHRONISATION
-        or opcode in CONTROL
-        or opcode in DIVISION
-        or opcode in POPS
-        or opcode in ("sld", "sst")
-        or UNKNOWN.match(opcode)
-    )
-    if known:
+    if opcode in _SCALAR or UNKNOWN.match(opcode):
         return _instruction(file, line, result, opcode, rest, comment)
     if opcode.split(".")[0] in _VECTOR:
         if _REGISTER.match(result):
@@ -199,13 +189,13 @@ def _matmul(file: str, line: int, opcode: str) -> Matmul:
 
 
 def _declaration(file: str, line: int, result: str, opcode: str, rest: str) -> Declaration:
-    fields = re.match(r"^\[shape: (.*?), index: (\d+), kind: (\w+),", rest)
+    fields = re.match(r"^\[shape: (.*?), index: (\d+), kind: \w+,", rest)
     space = {"hbm": "hbm", "vmem": "vmem", "smem": "smem", "<no memory space>": "value"}.get(
         opcode.removeprefix(_DECLARATION)
     )
     if fields is None or space is None or not _REGISTER.match(result):
         raise ListingError(file=file, line=line, what=f"operand {opcode} {rest[:80]!r}")
-    return Declaration(value(result), int(fields[2]), space, fields[1], fields[3] == "output")
+    return Declaration(value(result), int(fields[2]), space, fields[1])
 
 
 def _instruction(
@@ -223,12 +213,8 @@ def _instruction(
             otherwise = value(guard[2]) if guard[2] else ""
             rest = rest[guard.end() :]
         rest = _NOTE.sub("", rest)
-        parts = (
-            []
-            if opcode == "sbr.rel" or UNKNOWN.match(opcode)
-            else [part for part in rest.split(", ") if part]
-        )
-        operands = tuple(map(value, parts))
+        read = opcode != "sbr.rel" and not UNKNOWN.match(opcode)
+        operands = tuple(value(part) for part in rest.split(", ") if part) if read else ()
     except ValueError as error:
         what = f"operand {error} of {opcode}"
         raise ListingError(file=file, line=line, what=what) from error
@@ -262,8 +248,3 @@ def value(text: str) -> str:
     if _TOKEN.match(text):
         return repr(text)
     raise ValueError(repr(text))
-
-
-def token(one: Instruction) -> str:
-    """The name of the value that a pop takes."""
-    return one.operands[0].strip("'") if one.operands else ""

@@ -54,7 +54,6 @@ class Program:
       starts: address of each block.
       segments: in address order.
       declarations: the operands.
-      allocations: address of each allocation, in the units of its space.
       branches: number of branches.
       vmem_end: the first VMEM address after the allocations.
     """
@@ -64,7 +63,6 @@ class Program:
     starts: tuple[int, ...]
     segments: tuple[Segment, ...]
     declarations: tuple[Declaration, ...]
-    allocations: dict[str, int]
     branches: int
     vmem_end: int
 
@@ -94,7 +92,6 @@ def load(schedule: Path, allocations: Sequence[Allocation], chip: Chip) -> Progr
         starts=tuple(edges[:-1]),
         segments=tuple(writer.segments),
         declarations=tuple(declarations),
-        allocations=addresses,
         branches=len(branches),
         vmem_end=vmem_end,
     )
@@ -179,7 +176,7 @@ class _Writer:
         bundle = self.bundles[address]
         found = [x for x in self.decoded[address] if isinstance(x, Instruction)]
         events = [line for one in found for line in self._event(one, address)]
-        if any("m." in line for line in events):
+        if events:
             self._step(address)
         self.lines += [f"    {line}" for line in events]
         for one in self.decoded[address]:
@@ -189,7 +186,7 @@ class _Writer:
             number, branch = self.branches[address]
             guard = instructions.value(branch.predicate) if branch.predicate else "True"
             self.lines.append(f"    taken[{number}] = {guard}")
-        self._scalars(found)
+        self._scalars(found, address)
         self.cycle += bundle.weight
 
     def _event(self, one: Instruction, address: int) -> list[str]:
@@ -217,7 +214,7 @@ class _Writer:
             return []
         return [f"if {one.predicate}: {line}" if one.predicate else line]
 
-    def _scalars(self, found: Sequence[Instruction]) -> None:
+    def _scalars(self, found: Sequence[Instruction], address: int) -> None:
         """Writes of one bundle: all read first; pointers take their number over afterwards."""
         stores, targets, results, after = [], [], [], []
         for one in found:
@@ -231,7 +228,7 @@ class _Writer:
                 targets.append(one.target)
                 results.append(self._result(one))
             elif one.opcode == "sphi" and set(one.operands) != {one.target}:
-                self._fail(0, f"a phi of {one.operands} in {one.target}")
+                self._fail(address, f"a phi of {one.operands} in {one.target}")
         if not stores and not self._clash(targets, results):
             self.lines += [f"    {t} = {r}" for t, r in zip(targets, results, strict=True)]
         else:
@@ -256,8 +253,7 @@ class _Writer:
             self._spill(one.address)
             result = f"mem.get({one.address}, U)"
         elif one.opcode in instructions.POPS:
-            token = instructions.token(one)
-            result = f"m.tokens.pop({token!r})"
+            result = f"m.tokens.pop({one.operands[0]})"
         elif instructions.UNKNOWN.match(one.opcode):
             result = "U"
         else:
