@@ -6,15 +6,16 @@ A dump that is not understood is a `ListingError` with its line, never a guess.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import re
 from pathlib import Path
 
 from tpukit.chips import Chip
 from tpukit.errors import ListingError
 
-SCHEDULE = "final_bundles"
-SLOT_USE = "final_hlo-static-per-bundle-utilization"
-ALLOCATIONS = "pre-finalize-registers-and-allocations"
+_SCHEDULE = "final_bundles"
+_SLOT_USE = "final_hlo-static-per-bundle-utilization"
+_ALLOCATIONS = "pre-finalize-registers-and-allocations"
 
 _BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +((?:[A-Z]{2} ?)*): *(>*) *(\{.*)$", re.DOTALL)
 _ADDRESS = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2} ?)*:")
@@ -68,7 +69,7 @@ class Branch:
     predicate: str | None
 
 
-def dump_path(directory: Path, kernel: str, what: str) -> Path:
+def _path(directory: Path, kernel: str, what: str) -> Path:
     """Returns the last dump `what` of a kernel.
 
     Raises:
@@ -81,7 +82,7 @@ def dump_path(directory: Path, kernel: str, what: str) -> Path:
     return paths[-1]
 
 
-def read_bundles(path: Path) -> list[Bundle]:
+def _read_bundles(path: Path) -> list[Bundle]:
     """Reads a schedule.
 
     Raises:
@@ -121,7 +122,7 @@ def _bundle(file: str, line: int, text: str) -> Bundle | None:
     return Bundle(line, labels, len(match[3]), marks, operations, comments)
 
 
-def read_slots(path: Path) -> list[tuple[int, ...]]:
+def _read_slots(path: Path) -> list[tuple[int, ...]]:
     """Reads the slots used by each bundle, in the order of `listing.Ops`.
 
     Raises:
@@ -160,7 +161,7 @@ class Allocation:
     what: str
 
 
-def read_allocations(path: Path) -> list[Allocation]:
+def _read_allocations(path: Path) -> list[Allocation]:
     """Reads the table of allocations.
 
     Raises:
@@ -180,7 +181,7 @@ def read_allocations(path: Path) -> list[Allocation]:
     return found
 
 
-def find_branches(file: str, bundles: list[Bundle], chip: Chip) -> list[Branch]:
+def _find_branches(file: str, bundles: list[Bundle], chip: Chip) -> list[Branch]:
     """Finds the branches and weighs folded delay slots; regions are targets by number."""
     where = {
         number: address
@@ -226,3 +227,51 @@ def _delay_slots(bundles: list[Bundle], branch: int, chip: Chip) -> int:
 
 def _begins(bundle: Bundle) -> bool:
     return bool(bundle.labels) or any(kind != "End" for kind, _ in bundle.marks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dump:
+    """All that the compiler wrote about one kernel.
+
+    Attributes:
+      name: of the kernel.
+      file: name of the file that holds the schedule.
+      bundles: the schedule.
+      branches: the branches in it.
+      slots: of each bundle, operations in the order of `SLOT_NAMES`.
+      allocations: its memory.
+    """
+
+    name: str
+    file: str
+    bundles: list[Bundle]
+    branches: list[Branch]
+    slots: list[tuple[int, ...]]
+    allocations: list[Allocation]
+
+
+def read(directory: Path, kernel: str, chip: Chip) -> Dump:
+    """Reads the dumps of a kernel.
+
+    Args:
+      directory: what libtpu dumped to.
+      kernel: the compiler's name of it.
+      chip: what it was compiled for.
+
+    Raises:
+      ListingError: a dump is missing or not understood, or they contradict each other.
+    """
+    schedule, use, table = (
+        _path(directory, kernel, what) for what in (_SCHEDULE, _SLOT_USE, _ALLOCATIONS)
+    )
+    bundles, slots = _read_bundles(schedule), _read_slots(use)
+    if len(slots) != len(bundles):
+        what = f"{len(slots)} rows for the {len(bundles)} bundles of {schedule.name}"
+        raise ListingError(file=use.name, line=0, what=what)
+    branches = _find_branches(schedule.name, bundles, chip)
+    return Dump(kernel, schedule.name, bundles, branches, slots, _read_allocations(table))
+
+
+def exists(directory: Path, kernel: str) -> bool:
+    """Whether a kernel was dumped; the compiler dumps only one of several that are equal."""
+    return any(directory.glob(f"*-{glob.escape(kernel)}-*{_SCHEDULE}.txt"))

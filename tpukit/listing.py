@@ -14,19 +14,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from tpukit import dumps
 from tpukit.chips import Chip
-from tpukit.dumps import (
-    ALLOCATIONS,
-    SCHEDULE,
-    SLOT_USE,
-    Branch,
-    Bundle,
-    dump_path,
-    find_branches,
-    read_allocations,
-    read_bundles,
-    read_slots,
-)
+from tpukit.dumps import Branch, Bundle
 from tpukit.errors import ListingError
 
 _OPERATION = re.compile(
@@ -185,36 +175,24 @@ class Kernel:
         return sum(buffer.size for buffer in self.buffers if buffer.space == "smem")
 
 
-def parse_kernel(name: str, schedule: Path, slots: Path, allocations: Path, chip: Chip) -> Kernel:
-    """Reads the three dumps of one kernel.
-
-    Args:
-      name: the kernel's name.
-      schedule: the dump `final_bundles`.
-      slots: the dump `final_hlo-static-per-bundle-utilization`.
-      allocations: the dump `pre-finalize-registers-and-allocations`.
-      chip: what it was compiled for.
+def parse_kernel(dump: dumps.Dump) -> Kernel:
+    """Makes the listing of one kernel.
 
     Raises:
-      ListingError: a dump holds something unknown, or they contradict each other.
+      ListingError: the dump holds something unknown.
     """
-    bundles = read_bundles(schedule)
-    use = read_slots(slots)
-    if len(use) != len(bundles):
-        what = f"{len(use)} rows for the {len(bundles)} bundles of {schedule.name}"
-        raise ListingError(file=slots.name, line=0, what=what)
-    branches = find_branches(schedule.name, bundles, chip)
-    ops = [_ops(schedule.name, b, row) for b, row in zip(bundles, use, strict=True)]
-    spans = _loop_spans(schedule.name, bundles, branches)
+    file, bundles, branches = dump.file, dump.bundles, dump.branches
+    ops = [_ops(file, b, row) for b, row in zip(bundles, dump.slots, strict=True)]
+    spans = _loop_spans(file, bundles, branches)
     regions = _regions(bundles, branches, spans, ops)
     return Kernel(
-        name=name,
+        name=dump.name,
         bundles=sum(bundle.weight for bundle in bundles),
         loops=_loop_tree(spans, regions),
         outside=tuple(region for who, region in regions if who is None),
         buffers=tuple(
             Buffer(space=x.space, size=x.size, shape=x.shape, what=x.what)
-            for x in read_allocations(allocations)
+            for x in dump.allocations
             if x.offset is None
         ),
     )
@@ -226,18 +204,7 @@ def parse_directory(directory: Path, kernels: Iterable[str], chip: Chip) -> tupl
     Raises:
       ListingError: a kernel has no dump, or a dump is not understood.
     """
-    found = []
-    for name in kernels:
-        parts = [
-            dump_path(directory, name, what)
-            for what in (
-                SCHEDULE,
-                SLOT_USE,
-                ALLOCATIONS,
-            )
-        ]
-        found.append(parse_kernel(name, parts[0], parts[1], parts[2], chip))
-    return tuple(found)
+    return tuple(parse_kernel(dumps.read(directory, name, chip)) for name in kernels)
 
 
 def _ops(file: str, bundle: Bundle, use: tuple[int, ...]) -> tuple[int, ...]:

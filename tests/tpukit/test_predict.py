@@ -52,9 +52,7 @@ def operands(lengths=LENGTHS):
 
 
 def load(folder, chip):
-    table = dumps.read_allocations(dumps.dump_path(folder, "ragged.1", dumps.ALLOCATIONS))
-    schedule = dumps.dump_path(folder, "ragged.1", dumps.SCHEDULE)
-    return program.load(schedule, table, chips.chip(chip))
+    return program.load(dumps.read(folder, "ragged.1", chips.chip(chip)))
 
 
 def replayed(folder, chip, lengths=LENGTHS, **changes):

@@ -14,15 +14,7 @@ import jax
 import numpy as np
 from jax import export
 
-from tpukit import aot, chips, listing
-from tpukit.dumps import (
-    ALLOCATIONS,
-    SCHEDULE,
-    SLOT_USE,
-    dump_path,
-    read_allocations,
-    read_slots,
-)
+from tpukit import aot, chips, dumps, listing
 from tpukit.errors import ListingError, ReplayError, UnsupportedError
 from tpukit.predict import hlo, program
 from tpukit.predict.machine import Machine, Operand
@@ -180,14 +172,12 @@ def replay(
       ListingError: a dump is not understood.
       ReplayError: the replay cannot be right.
     """
-    chip = chips.chip(constants.chip)
-    paths = [dump_path(folder, name, what) for what in (SCHEDULE, SLOT_USE, ALLOCATIONS)]
-    translated = program.load(paths[0], read_allocations(paths[2]), chip)
+    dump = dumps.read(folder, name, chips.chip(constants.chip))
+    translated = program.load(dump)
     machine = Machine(translated, constants, operands)
     machine.spans = [] if spans else None
     machine.run()
-    static = listing.parse_kernel(name, paths[0], paths[1], paths[2], chip)
-    report = summarise(name, machine, constants, read_slots(paths[1]), static)
+    report = summarise(machine, constants, dump.slots, listing.parse_kernel(dump))
     if report.roofline > 1.0:
         what = f"faster than the roofline: {report.milliseconds} < {report.floor_milliseconds} ms"
         raise ReplayError(kernel=name, address=None, what=what)
@@ -213,8 +203,7 @@ def _dump_of(folder: Path, op: hlo.Op, ops: Sequence[hlo.Op]) -> str | None:
         return name, one.core, one.results, one.operands
 
     equal = [op, *(other for other in ops if kind(other) == kind(op))]
-    names = (one.name for one in equal if any(folder.glob(f"*-{one.name}-*{SCHEDULE}.txt")))
-    return next(names, None)
+    return next((one.name for one in equal if dumps.exists(folder, one.name)), None)
 
 
 def _glue(folder: Path, ops: Sequence[hlo.Op], constants: Rates) -> list[GluePrediction]:
@@ -238,10 +227,8 @@ def _replayed_glue(folder: Path, dump: str, op: hlo.Op, constants: Rates) -> flo
     """Milliseconds of one of XLA's operations; None where its course depends on data."""
     sizes = [shape.size for shape in (*op.operands, *op.results)]
     operands = {index: Operand(size=max(size, 512)) for index, size in enumerate(sizes)}
-    chip = chips.chip(constants.chip)
     try:
-        table = read_allocations(dump_path(folder, dump, ALLOCATIONS))
-        translated = program.load(dump_path(folder, dump, SCHEDULE), table, chip)
+        translated = program.load(dumps.read(folder, dump, chips.chip(constants.chip)))
         return Machine(translated, constants, operands).run() / (constants.clock.value * 1e6)
     except (ListingError, ReplayError, UnsupportedError):
         return None

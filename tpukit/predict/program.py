@@ -10,11 +10,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from tpukit.chips import Chip
-from tpukit.dumps import Allocation, Branch, Bundle, find_branches, read_bundles
+from tpukit.dumps import Allocation, Branch, Bundle, Dump
 from tpukit.errors import ListingError
 from tpukit.predict import instructions, values
 from tpukit.predict.instructions import ARITHMETIC, Declaration, Instruction, Matmul
@@ -67,27 +65,26 @@ class Program:
     vmem_end: int
 
 
-def load(schedule: Path, allocations: Sequence[Allocation], chip: Chip) -> Program:
+def load(dump: Dump) -> Program:
     """Translates a schedule.
 
     Raises:
       ListingError: it holds something that is not understood.
     """
-    bundles = read_bundles(schedule)
-    branches = find_branches(schedule.name, bundles, chip)
-    decoded = [instructions.decode(schedule.name, bundle) for bundle in bundles]
-    addresses, vmem_end = _place(allocations)
+    bundles, branches = dump.bundles, dump.branches
+    decoded = [instructions.decode(dump.file, bundle) for bundle in bundles]
+    addresses, vmem_end = _place(dump.allocations)
     edges = _edges(bundles, branches)
-    writer = _Writer(schedule.name, bundles, decoded, branches, edges, addresses)
+    writer = _Writer(dump.file, bundles, decoded, branches, edges, addresses)
     sources = [writer.block(i) for i in range(len(edges) - 1)]
     scope: dict[str, Any] = {**vars(values), "M": values.MASK, "U": values.UNKNOWN, **addresses}
     blocks = []
     for index, source in enumerate(sources):
-        exec(compile(source, f"{schedule.name}:block{index}", "exec"), scope)
+        exec(compile(source, f"{dump.file}:block{index}", "exec"), scope)
         blocks.append(scope[f"block_{index}"])
     declarations = [one for all_ in decoded for one in all_ if isinstance(one, Declaration)]
     return Program(
-        name=schedule.name,
+        name=dump.file,
         blocks=tuple(blocks),
         starts=tuple(edges[:-1]),
         segments=tuple(writer.segments),

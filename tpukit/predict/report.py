@@ -203,15 +203,14 @@ def _kernel_lines(kernel: KernelPrediction) -> list[str]:
 
 
 def summarise(
-    name: str, machine: Machine, rates: Rates, slots: Sequence[tuple[int, ...]], listing: Kernel
+    machine: Machine, rates: Rates, slots: Sequence[tuple[int, ...]], listing: Kernel
 ) -> KernelPrediction:
     """Makes the report of a finished replay.
 
     Args:
-      name: of the kernel.
       machine: that replayed it.
       rates: its constants.
-      slots: operations in each bundle, as `dumps.read_slots` gives them.
+      slots: operations in each bundle, as in `dumps.Dump`.
       listing: the kernel's static listing.
     """
     totals, segments = machine.totals, machine.program.segments
@@ -234,7 +233,7 @@ def summarise(
     hbm_bytes = sum(size for way, size in totals.moved.items() if "hbm" in way)
     peak_cycles = totals.mxu_busy / rates.mxus / (rates.peak_clock * 1e6)
     return KernelPrediction(
-        name=name,
+        name=listing.name,
         chip=rates.chip,
         cycles=machine.now,
         milliseconds=machine.now / per_ms,
