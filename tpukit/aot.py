@@ -28,6 +28,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from tpukit import _refusals, chips, errors, listing, sparse_listing
+from tpukit._hlo_text import KERNEL_CALL, computations
 
 _MODULE_NAME = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 # Opcodes that compute and move nothing themselves.
@@ -38,14 +39,7 @@ _FREE_OPCODES = frozenset(
         *("async-start", "async-update", "async-done"),
     ]
 )
-_HLO_OP = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
-# An attribute may hold line breaks and braces: only these two endings close a computation.
-_HLO_COMPUTATION = re.compile(
-    r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)\n\}(|, execution_thread=[^\n]*)$",
-    re.DOTALL | re.MULTILINE,
-)
 _HLO_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
-_KERNEL_CALL = 'custom_call_target="tpu_custom_call"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +98,7 @@ class Compiled:
         return tuple(
             op
             for op, line in _hlo_ops(self.hlo)
-            if op.opcode not in _FREE_OPCODES and _KERNEL_CALL not in line
+            if op.opcode not in _FREE_OPCODES and KERNEL_CALL not in line
         )
 
 
@@ -404,25 +398,19 @@ def _with_shardings(
 
 def _hlo_ops(hlo: str) -> list[tuple[HloOp, str]]:
     """The operations of the program with their lines, without those inside fusions and the like."""
-    computations = [match.groups() for match in _HLO_COMPUTATION.finditer(hlo)]
-    lines = [
-        (name, "sparsecore" if "sparsecore" in thread else "tensorcore", match, line)
-        for name, body, thread in computations
-        for line in body.splitlines()
-        if (match := _HLO_OP.match(line)) is not None
-    ]
+    every = [(one, op) for one in computations(hlo) for op in one.operations]
     inlined = {
         called
-        for _, _, match, line in lines
-        if match[3] not in _FREE_OPCODES
-        for called in _HLO_CALLED.findall(line)
+        for _, op in every
+        if op.opcode not in _FREE_OPCODES
+        for called in _HLO_CALLED.findall(op.line)
     }
     return [
-        (HloOp(name=match[1], opcode=match[3], shape=match[2], core=core), line)
-        for name, core, match, line in lines
-        if name not in inlined
+        (HloOp(name=op.name, opcode=op.opcode, shape=op.result, core=one.core), op.line)
+        for one, op in every
+        if one.name not in inlined
     ]
 
 
 def _kernel_names(hlo: str, core: str) -> tuple[str, ...]:
-    return tuple(op.name for op, line in _hlo_ops(hlo) if _KERNEL_CALL in line and op.core == core)
+    return tuple(op.name for op, line in _hlo_ops(hlo) if KERNEL_CALL in line and op.core == core)

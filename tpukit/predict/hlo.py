@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from tpukit._hlo_text import KERNEL_CALL, Computation, computations
 from tpukit.errors import ListingError
 
 _BYTES = {
@@ -18,14 +19,8 @@ _BYTES = {
     **dict.fromkeys(("s4", "u4", "f4e2m1fn"), 0.5),
 }
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
-_LINE = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _TILE = re.compile(r"T\((\d+(?:,\d+)?)\)")
-_KERNEL = 'custom_call_target="tpu_custom_call"'
-_COMPUTATION = re.compile(
-    r"^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)\n\}(?:, execution_thread=\S*)?$",
-    re.DOTALL | re.MULTILINE,
-)
 _FREE = frozenset(
     [
         "parameter",
@@ -166,42 +161,39 @@ def parse(text: str) -> list[Op]:
       ListingError: the program has no entry, or a loop whose trip count it does not say holds a
         kernel.
     """
-    computations = {name: (bool(entry), body) for entry, name, body in _COMPUTATION.findall(text)}
-    entry = next((name for name, (first, _) in computations.items() if first), None)
+    program = {one.name: one for one in computations(text)}
+    entry = next((one for one in program.values() if one.entry), None)
     if entry is None:
         raise ListingError(file="program", line=0, what="no entry computation")
-    return _ops(computations, entry, 1, "tensorcore")
+    return _ops(program, entry.name, 1, "tensorcore")
 
 
-def _ops(computations: dict[str, tuple[bool, str]], name: str, repeats: int, core: str) -> list[Op]:
+def _ops(program: dict[str, Computation], name: str, repeats: int, core: str) -> list[Op]:
     found: list[Op] = []
     types: dict[str, str] = {}
-    for line in computations[name][1].splitlines():
-        match = _LINE.match(line)
-        if match is None:
-            continue
-        result, kind, opcode, rest = match.groups()
-        types[result] = kind
+    for operation in program[name].operations:
+        opcode, line = operation.opcode, operation.line
+        types[operation.name] = operation.result
         thread = "sparsecore" if '"sparsecore"' in line else core
         if opcode in ("call-start", "async-start") or opcode == "call":
             inner = re.search(r"to_apply=%?([\w.\-]+)|calls=%?([\w.\-]+)", line)
             if inner is not None:
-                found += _ops(computations, inner[1] or inner[2], repeats, thread)
+                found += _ops(program, inner[1] or inner[2], repeats, thread)
             continue
         if opcode == "while":
-            found += _loop(computations, line, repeats, core)
+            found += _loop(program, line, repeats, core)
             continue
         if opcode in _FREE or opcode.endswith("-done"):
             continue
-        operands = _OPERAND.findall(rest.split(")", 1)[0])
+        operands = _OPERAND.findall(operation.rest.split(")", 1)[0])
         estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
         found.append(
             Op(
-                name=result,
+                name=operation.name,
                 opcode=opcode,
                 core=thread,
-                kernel=_KERNEL in line,
-                results=shapes(kind),
+                kernel=KERNEL_CALL in line,
+                results=shapes(operation.result),
                 operands=tuple(s for o in operands for s in shapes(types.get(o, ""))),
                 repeats=repeats,
                 estimate=int(estimate[1]) if estimate else None,
@@ -210,15 +202,13 @@ def _ops(computations: dict[str, tuple[bool, str]], name: str, repeats: int, cor
     return found
 
 
-def _loop(
-    computations: dict[str, tuple[bool, str]], line: str, repeats: int, core: str
-) -> list[Op]:
+def _loop(program: dict[str, Computation], line: str, repeats: int, core: str) -> list[Op]:
     body = re.search(r"body=%?([\w.\-]+)", line)
     trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
     if body is None:
         raise ListingError(file="program", line=0, what=f"loop {line[:80]!r}")
     count = int(trips[1]) if trips else 1
-    inside = _ops(computations, body[1], repeats * count, core)
+    inside = _ops(program, body[1], repeats * count, core)
     if trips is None and any(op.kernel for op in inside):
         what = "a loop around a kernel that does not say how often it runs"
         raise ListingError(file="program", line=0, what=what)
