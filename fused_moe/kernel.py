@@ -1,0 +1,126 @@
+"""The kernel: a mixture-of-experts layer on the devices of a mesh, in one pass over the weights.
+
+A token's way: `dispatch` lists who goes where; `scatter` packs the token and sends it once to each
+device that has experts of it; `experts` gathers rows expert by expert, computes, adds up what one
+device has for a token and sends that home; `combine` adds up what came home. Weights stream through
+`slices` all the while. Rows are sent in the order in which experts use them, so that the first
+experts compute while later rows, and earlier results, are still on the links.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from fused_moe.combine import Combine
+from fused_moe.experts import Visits
+from fused_moe.plan import Plan, Problem, vmem_allowed
+from fused_moe.plumbing import Operands, Scratch
+from fused_moe.scatter import Scatter
+from reference.fused_moe import Weights
+
+COLLECTIVE_ID = 0
+
+
+def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
+    """One device's part, from start to end."""
+    me = device_index(problem)
+    scatter = Scatter(problem, plan, me, hbm, vmem)
+    visits = Visits(problem, plan, me, hbm, vmem)
+    combine = Combine(problem, plan, me, hbm, vmem)
+    alone = problem.num_devices == 1
+
+    scatter.open_table()
+    visits.start_first(visits.experts[:-1])
+    scatter.pack_tokens()
+    if not alone:
+        scatter.enter()
+    scatter.send_tables()
+    scatter.send_tokens()
+    scatter.receive_tables()
+    visits.list_visits()
+    visits.start_first(visits.experts[-1:])
+    visits.run()
+    combine.run()
+    scatter.finish()
+
+
+def device_index(problem: Problem) -> Any:
+    """This device's number among those that share the experts."""
+    index: Any = jnp.int32(0)
+    for name, size in problem.axes:
+        index = index * size + lax.axis_index(name)
+    return index
+
+
+def fused_moe_kernel(
+    table: jax.Array,
+    tails: jax.Array,
+    tokens: jax.Array,
+    weights: Weights,
+    *,
+    problem: Problem,
+    plan: Plan,
+    interpret: Any = False,
+) -> jax.Array:
+    """Runs the kernel on one device of the mesh.
+
+    Args:
+      table, tails: of this device's tokens, see `dispatch`.
+      tokens: [T, hidden].
+      weights: of this device's experts; scales and biases [E_l, B, width], the shared expert's
+        arrays with a leading dimension of 1.
+      problem: static facts of the call.
+      plan: block sizes.
+      interpret: parameters of interpretation, or False.
+
+    Returns:
+      [T, hidden].
+    """
+    leaves, structure = jax.tree.flatten(weights)
+    inputs = [table, tails, tokens, *leaves]
+    if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
+        inputs = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in inputs]
+    like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual_axes(tokens))
+    rows = problem.num_devices * problem.num_tokens
+    back = (problem.slots * problem.num_tokens, problem.rows_back.row_words)
+    outputs = [
+        like(tokens.shape, tokens.dtype),
+        like((problem.num_devices, problem.table.width), jnp.int32),
+        like((rows, problem.rows_out.row_words), jnp.uint32),
+        like(back, jnp.uint32),
+        like((min(plan.partials, rows), problem.hidden), jnp.float32),
+    ]
+
+    def body(*refs: Any) -> None:
+        inputs, outputs, vmem = refs[: 3 + len(leaves)], refs[-6:-1], refs[-1]
+        held = jax.tree.unflatten(structure, inputs[3:])
+        layer(problem, plan, Operands(*inputs[:3], held, *outputs), vmem)
+
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    output, *_ = pl.pallas_call(
+        body,
+        name="fused_moe",
+        in_specs=[hbm] * len(inputs),
+        out_specs=[hbm] * len(outputs),
+        out_shape=outputs,
+        scratch_shapes=[Scratch.shapes(problem, plan)],
+        compiler_params=pltpu.CompilerParams(
+            collective_id=COLLECTIVE_ID if problem.num_devices > 1 else None,
+            has_side_effects=True,
+            vmem_limit_bytes=vmem_allowed(problem, plan),
+        ),
+        interpret=interpret,
+    )(*inputs)
+    return output
+
+
+def manual_axes(x: jax.Array) -> Any:
+    """Which manual mesh axes a value varies over."""
+    return jax.typeof(x).manual_axis_type

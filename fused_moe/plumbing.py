@@ -1,0 +1,231 @@
+"""Where the kernel's data lies and how it moves. Knows nothing of what is computed.
+
+n devices share the experts, E_l each; this one has T tokens. Rows of tokens and results are packed
+words (see `rows`), so that single rows can be moved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from fused_moe.plan import ROWS, Plan, Problem, buffers
+from reference.fused_moe import Weights
+
+Ref = Any
+IO_DEPTH = 4  # blocks of ROWS tokens or outputs on their way
+
+
+class Operands(NamedTuple):
+    """Arrays in HBM."""
+
+    table: Ref  # [1, table width] i32, of this device
+    tails: Ref  # [T, 128] i32
+    tokens: Ref  # [T, hidden]
+    weights: Weights  # [E_l, ...]; scales and biases [E_l, B, width]
+    output: Ref  # [T, hidden]
+    tables: Ref  # [n, table width] i32, of all devices
+    received: Ref  # [n * T, row words] u32; row s * T + t is token t of device s
+    returned: Ref  # [slots * T, row words] u32; row j * T + t is what slot j brought token t
+    partials: Ref  # [partials, hidden] f32, of tokens between two experts of this device
+
+
+class Slices(NamedTuple):
+    """A ring of slices of one projection; D = plan.depth."""
+
+    weight: Ref  # [D, inputs, slice]
+    scale: Ref | None  # [D, B, slice] f32
+    bias: Ref | None  # [D, 1, slice] f32
+
+
+class Books(NamedTuple):
+    """Scalars; M = plan.tile."""
+
+    mine: Ref  # [1, table width] the table of this device
+    tables: Ref  # [n, table width]
+    visit_expert: Ref  # [visits]
+    visit_row: Ref  # [visits] which of the expert's rows comes first
+    partial_of: Ref  # [n * T] number of the token among those with several experts here
+    codes: Ref  # [2, M] entries of a tile's rows
+    origins: Ref  # [2, M] the devices that these come from
+    places: Ref  # [2, M] where their partials are
+    resumed: Ref  # [2, M] the rows among them that have one already
+    counts: Ref  # [9], see below
+
+
+# What Books.counts holds: rows of the tiles [2], resumed rows of the tiles [2], rows that are
+# leaving [2], visits in a pass, tokens with several experts here, rows on their way to the partials
+TILE, RESUMED, LEAVING, VISITS, REPEATED, STORING = 0, 2, 4, 6, 7, 8
+
+
+class Sems(NamedTuple):
+    """DMA semaphores."""
+
+    table: Ref  # [3] own table; tables sent; tables received
+    load: Ref  # [IO_DEPTH] blocks of tokens, or of what came back
+    store: Ref  # [IO_DEPTH] blocks of packed tokens, or of outputs
+    sent: Ref  # [1] rows sent away
+    arrived: Ref  # [E_l] rows from other devices whose first expert here this is
+    gathered: Ref  # [2] rows of a tile
+    gate_up: Ref  # [D]
+    down: Ref  # [D]
+    leaving: Ref  # [2] results on their way
+    partial: Ref  # [2] partials stored; loaded
+    home: Ref  # [1] results from other devices
+
+
+class Scratch(NamedTuple):
+    """On-chip memory."""
+
+    io: Ref  # [IO_DEPTH, ROWS, hidden] tokens, outputs
+    tails: Ref  # [IO_DEPTH, ROWS, 128] i32
+    words: Ref  # [2, M, row words] u32, tokens of a tile as they travel
+    x: Ref  # [M, hidden] and as they are multiplied
+    factors: Ref  # [3, M, 128] f32: each row's scale, weight, and whether it has a partial
+    gate: Slices
+    up: Slices
+    down: Slices
+    h: Ref  # [M, inter] f32
+    hq: Ref  # [M, inter] as it is multiplied
+    h_scale: Ref  # [M, 128] f32
+    y: Ref  # [M, hidden] f32
+    out: Ref  # [2, M, returned words] u32, results as they travel
+    marks: Ref  # [M, 128] i32 tails
+    books: Books
+    sems: Sems
+
+    @staticmethod
+    def shapes(problem: Problem, plan: Plan) -> Scratch:
+        """Shapes of the fields."""
+        vmem = {name: pltpu.VMEM(*buffer) for name, buffer in buffers(problem, plan).items()}
+        rows = problem.num_devices * problem.num_tokens
+        width = problem.table.width
+
+        def slices(name: str) -> Slices:
+            found = [vmem.pop(name + part, None) for part in ("", "_scale", "_bias")]
+            return Slices(*found)
+
+        def words(*shape: int) -> Any:
+            return pltpu.SMEM(shape, jnp.int32)
+
+        def sems(count: int) -> Any:
+            return pltpu.SemaphoreType.DMA((count,))
+
+        visits = plan.visits(problem)
+        return Scratch(
+            gate=slices("gate"),
+            up=slices("up"),
+            down=slices("down"),
+            **vmem,
+            books=Books(
+                mine=words(1, width),
+                tables=words(problem.num_devices, width),
+                visit_expert=words(visits),
+                visit_row=words(visits),
+                partial_of=words(rows),
+                codes=words(2, plan.tile),
+                origins=words(2, plan.tile),
+                places=words(2, plan.tile),
+                resumed=words(2, plan.tile),
+                counts=words(9),
+            ),
+            sems=Sems(
+                table=sems(3),
+                load=sems(IO_DEPTH),
+                store=sems(IO_DEPTH),
+                sent=sems(1),
+                arrived=sems(problem.experts_here),
+                gathered=sems(2),
+                gate_up=sems(plan.depth),
+                down=sems(plan.depth),
+                leaving=sems(2),
+                partial=sems(2),
+                home=sems(1),
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plumbing:
+    """One device's part of the layer; `me` is its number among the devices."""
+
+    problem: Problem
+    plan: Plan
+    me: Any
+    hbm: Operands
+    vmem: Scratch
+
+    def peer(self, device: jax.Array) -> dict[str, jax.Array]:
+        """The mesh coordinates of a device."""
+        coordinates = {}
+        for name, size in reversed(self.problem.axes):
+            whole = device // size
+            coordinates[name] = device - whole * size
+            device = whole
+        return coordinates
+
+    def send(self, source: Ref, target: Ref, sent: Ref, received: Ref, device: jax.Array) -> None:
+        """Starts a copy into the memory of another device."""
+        pltpu.make_async_remote_copy(
+            source, target, sent, received, device_id=self.peer(device)
+        ).start()
+
+    def enter(self) -> None:
+        """Waits until every device is in this kernel, so that its memory may be written."""
+        barrier = pltpu.get_barrier_semaphore()
+        others = self.problem.num_devices - 1
+
+        def signal(i: jax.Array) -> None:
+            pl.semaphore_signal(barrier, device_id=self.peer(self.other(i)))
+
+        repeat(others, signal)
+        pl.semaphore_wait(barrier, others)
+
+    def other(self, i: jax.Array) -> jax.Array:
+        """The i-th of the other devices, counted from this one on."""
+        device = self.me + 1 + i
+        n = self.problem.num_devices
+        return jnp.where(device >= n, device - n, device)
+
+
+def repeat(times: Any, action: Callable[[jax.Array], None]) -> None:
+    """action(0), ..., action(times - 1), as a loop of the kernel."""
+    lax.fori_loop(0, times, lambda i, _: action(i), None)
+
+
+def row(ref: Ref, index: Any) -> Ref:
+    """One row of an array of rows."""
+    return ref.at[pl.ds(index, 1)]
+
+
+def rows(ref: Ref, start: Any, count: Any) -> Ref:
+    """Rows of an array; start and count are multiples of ROWS."""
+    return ref.at[pl.ds(pl.multiple_of(start, ROWS), count)]
+
+
+def wait_rows(array: Ref, semaphore: Ref, count: jax.Array) -> None:
+    """Waits for copies of `count` rows like those of an array."""
+
+    def wait(number: int) -> Callable[[jax.Array], None]:
+        part = array.at[pl.ds(0, number)]
+        return lambda _: pltpu.make_async_copy(part, part, semaphore).wait()
+
+    repeat(count // ROWS, wait(ROWS))
+    repeat(count % ROWS, wait(1))
+
+
+def start(source: Ref, target: Ref, semaphore: Ref) -> None:
+    """Starts a copy on this device."""
+    pltpu.make_async_copy(source, target, semaphore).start()
+
+
+def wait(target: Ref, semaphore: Ref) -> None:
+    """Waits for a copy as large as target."""
+    pltpu.make_async_copy(target, target, semaphore).wait()
