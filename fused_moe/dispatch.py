@@ -1,7 +1,8 @@
 """Who goes where: what the kernel has to know about a device's own tokens, in plain JAX.
 
-An entry is one token in one of its slots. A device's `Table` lists its entries by expert, so that
-those for one device, and for one expert there, are consecutive. Devices exchange tables inside the
+An entry is one token in one of its slots; it is alone if the token has no other expert on the same
+device. A device's `Table` lists its entries by expert, so that those for one device, and for one
+expert there, are consecutive. Devices exchange tables inside the
 kernel; from them each knows which rows it will receive and where each result belongs.
 """
 
@@ -50,16 +51,16 @@ class Table:
 
     SENDS = 0  # rows that leave for another device
     RETURNS = 1  # rows that come back from one
-    STARTS = 2  # [num_experts + 1] first entry of each expert
+    BOUNDS = 2  # [2 * num_experts + 1] first entry of each expert, first of several of each expert
 
     @property
     def firsts(self) -> int:
         """[num_experts] entries of each expert that are the first of their token on its device."""
-        return self.STARTS + self.num_experts + 1
+        return self.BOUNDS + 2 * self.num_experts + 1
 
     @property
     def entries(self) -> int:
-        """[num_entries] the entries, by expert."""
+        """[num_entries] the entries by expert: those that are alone first, then one of several."""
         return round_up(self.firsts + self.num_experts, LANES)
 
     @property
@@ -105,13 +106,14 @@ def describe(
 
     token = jnp.arange(num_tokens)[:, None]
     code = token | slot << TOKEN_BITS | jnp.where(first, FIRST, 0) | jnp.where(last, LAST, 0)
-    keys, codes = lax.sort((experts.ravel(), code.ravel()), num_keys=1, is_stable=True)
-    starts = jnp.sum(keys[None, :] < jnp.arange(num_experts + 1)[:, None], axis=1)
+    key = 2 * experts + ~(first & last)
+    keys, codes = lax.sort((key.ravel(), code.ravel()), num_keys=1, is_stable=True)
+    bounds = jnp.sum(keys[None, :] < jnp.arange(2 * num_experts + 1)[:, None], axis=1)
     is_expert = experts.ravel()[None, :] == jnp.arange(num_experts)[:, None]
     firsts = jnp.sum(is_expert & first.ravel()[None, :], axis=1)
     away = device != me
     counts = jnp.stack([jnp.sum(first & away), jnp.sum(last & away)])
-    head = jnp.concatenate([counts, starts, firsts])
+    head = jnp.concatenate([counts, bounds, firsts])
     head = jnp.pad(head, (0, layout.entries - head.size))
     table = jnp.concatenate([head, jnp.pad(codes, (0, -codes.size % LANES))])
 

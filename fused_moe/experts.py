@@ -22,11 +22,11 @@ from fused_moe.dispatch import FIRST, LANES, LAST, SLOT, TOKEN, TOKEN_BITS, WEIG
 from fused_moe.plan import ROWS
 from fused_moe.plumbing import (
     LEAVING,
+    LOADING,
     REPEATED,
-    RESUMED,
     STORING,
-    TILE,
     VISITS,
+    each,
     repeat,
     row,
     rows,
@@ -73,11 +73,11 @@ class Visits(Rings):
 
     def list_visits(self) -> None:
         """Lists the tiles of the routed experts, by expert."""
-        books, first = self.vmem.books, Table.STARTS + self.me * self.problem.experts_here
+        books, first = self.vmem.books, Table.BOUNDS + 2 * self.me * self.problem.experts_here
 
         def expert(e: jax.Array, count: jax.Array) -> jax.Array:
             def device(s: jax.Array, total: jax.Array) -> jax.Array:
-                return total + books.tables[s, first + e + 1] - books.tables[s, first + e]
+                return total + books.tables[s, first + 2 * e + 2] - books.tables[s, first + 2 * e]
 
             total = lax.fori_loop(0, self.problem.num_devices, device, jnp.int32(0))
             tiles = (total + self.plan.tile - 1) // self.plan.tile
@@ -91,7 +91,7 @@ class Visits(Rings):
 
         count = lax.fori_loop(0, self.problem.experts_here, expert, jnp.int32(0))
         books.counts[VISITS] = count
-        for name in (REPEATED, STORING, LEAVING, LEAVING + 1):
+        for name in (REPEATED, LOADING, STORING, LEAVING, LEAVING + 1):
             books.counts[name] = 0
 
     @property
@@ -149,20 +149,33 @@ class Visits(Rings):
             def _() -> None:
                 self.wait_arrived(expert)
 
-            books.counts[TILE + slot] = 0
-            books.counts[RESUMED + slot] = 0
-            place = Table.STARTS + self.me * self.problem.experts_here + expert
+            place = Table.BOUNDS + 2 * (self.me * self.problem.experts_here + expert)
 
-            def device(s: jax.Array, seen: jax.Array) -> jax.Array:
-                begin, end = books.tables[s, place], books.tables[s, place + 1]
-                low = jnp.clip(first_row - seen, 0, end - begin)
-                high = jnp.clip(first_row + self.plan.tile - seen, 0, end - begin)
-                lax.fori_loop(
-                    begin + low, begin + high, lambda i, _: self.take(s, i, turn, slot), None
+            def device(s: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
+                seen, r = state
+                begin, several, end = (books.tables[s, place + i] for i in range(3))
+
+                def inside(i: jax.Array) -> jax.Array:
+                    return jnp.clip(i, first_row - seen + begin, limit - seen + begin)
+
+                books.spans[slot, 2 * s] = r
+                alone = jnp.where(turn == 0, inside(several), inside(begin))
+                shift = r - inside(begin)
+                each(inside(begin), alone, lambda i: self.take(s, i, shift + i, slot))
+                r = shift + alone
+                books.spans[slot, 2 * s + 1] = r
+                r = lax.fori_loop(
+                    inside(several),
+                    inside(end),
+                    lambda i, r: self.take_one_of_several(s, i, r, slot, turn),
+                    r,
                 )
-                return seen + end - begin
+                return seen + end - begin, r
 
-            lax.fori_loop(0, self.problem.num_devices, device, jnp.int32(0))
+            limit = first_row + self.plan.tile
+            start_ = (jnp.int32(0), jnp.int32(0))
+            _, count = lax.fori_loop(0, self.problem.num_devices, device, start_)
+            books.spans[slot, 2 * self.problem.num_devices] = count
 
     def wait_arrived(self, expert: jax.Array) -> None:
         """Waits for the rows from other devices that have this expert first."""
@@ -175,49 +188,73 @@ class Visits(Rings):
         count = lax.fori_loop(0, others, device, jnp.int32(0))
         wait_rows(self.hbm.received, self.vmem.sems.arrived.at[expert], count)
 
-    def take(self, s: jax.Array, i: jax.Array, turn: jax.Array, slot: jax.Array) -> None:
-        """Starts fetching one row of a tile: entry i of device s."""
+    def take(self, s: jax.Array, i: jax.Array, r: jax.Array, slot: jax.Array) -> None:
+        """Starts fetching row r of a tile, entry i of device s."""
+        books = self.vmem.books
+        code = books.tables[s, self.problem.table.entries + i]
+        books.codes[slot, r] = code
+        token = row(self.hbm.received, s * self.problem.num_tokens + (code & TOKEN))
+        start(token, row(self.vmem.words.at[slot], r), self.vmem.sems.gathered.at[slot])
+
+    def take_one_of_several(
+        self, s: jax.Array, i: jax.Array, r: jax.Array, slot: jax.Array, turn: jax.Array
+    ) -> jax.Array:
+        """The same for a token with several experts here, if this is its pass; returns the next row."""
         books = self.vmem.books
         code = books.tables[s, self.problem.table.entries + i]
         token = s * self.problem.num_tokens + (code & TOKEN)
-        alone = code & (FIRST | LAST) == FIRST | LAST
 
-        @pl.when(~alone & (code & FIRST != 0) & (turn == 0))
+        @pl.when((code & FIRST != 0) & (turn == 0))
         def _() -> None:
             number = books.counts[REPEATED]
             books.partial_of[token] = number
             books.counts[REPEATED] = number + 1
 
-        place = jnp.where(alone, 0, books.partial_of[token] - turn * self.plan.partials)
-        wanted = (place >= 0) & (place < self.plan.partials) & (~alone | (turn == 0))
+        place = books.partial_of[token] - turn * self.plan.partials
+        wanted = (place >= 0) & (place < self.plan.partials)
 
         @pl.when(wanted)
         def _() -> None:
-            r = books.counts[TILE + slot]
-            books.counts[TILE + slot] = r + 1
-            books.codes[slot, r] = code
-            books.origins[slot, r] = s
             books.places[slot, r] = place
-            source, target = row(self.hbm.received, token), row(self.vmem.words.at[slot], r)
-            start(source, target, self.vmem.sems.gathered.at[slot])
+            self.take(s, i, r, slot)
 
-            @pl.when(code & FIRST == 0)
-            def _() -> None:
-                k = books.counts[RESUMED + slot]
-                books.counts[RESUMED + slot] = k + 1
-                books.resumed[slot, k] = r
+        return r + wanted.astype(jnp.int32)
 
     def load_partials(self, slot: jax.Array) -> None:
         """Starts fetching the sums that a tile's rows resume."""
         books = self.vmem.books
         self.wait_storing()
 
-        def load(k: jax.Array) -> None:
-            r = books.resumed[slot, k]
-            partial = row(self.hbm.partials, books.places[slot, r])
-            start(partial, row(self.vmem.y, r), self.vmem.sems.partial.at[1])
+        def load(_: Any, r: jax.Array) -> None:
+            @pl.when(books.codes[slot, r] & FIRST == 0)
+            def _() -> None:
+                partial = row(self.hbm.partials, books.places[slot, r])
+                start(partial, row(self.vmem.y, r), self.vmem.sems.partial.at[1])
+                books.counts[LOADING] += 1
 
-        repeat(books.counts[RESUMED + slot], load)
+        self.each_row(slot, None, load)
+
+    def each_row(
+        self,
+        slot: jax.Array,
+        alone: Callable[[Any, jax.Array], None] | None,
+        several: Callable[[Any, jax.Array], None],
+    ) -> None:
+        """alone(device, row) and several(device, row) for the rows of a tile, device by device.
+
+        The device is None for rows of this one.
+        """
+        spans = self.vmem.books.spans
+
+        def loops(s: jax.Array, device: Any) -> None:
+            begin, middle, end = (spans[slot, 2 * s + i] for i in range(3))
+            if alone is not None:
+                each(begin, middle, lambda r: alone(device, r))
+            lax.fori_loop(middle, end, lambda r, _: several(device, r), None)
+
+        loops(self.me, None)
+        others = self.problem.num_devices - 1
+        repeat(others, lambda i: loops(self.other(i), self.other(i)))
 
     def wait_storing(self) -> None:
         """Waits until the last tile's sums are among the partials."""
@@ -401,46 +438,54 @@ class Visits(Rings):
     def visit_routed(self, experts: Experts, visit: jax.Array) -> None:
         """One tile of a routed expert."""
         slot, books = visit & 1, self.vmem.books
-        count, words = books.counts[TILE + slot], self.vmem.words.at[slot]
-        wait_rows(words, self.vmem.sems.gathered.at[slot], count)
+        count = books.spans[slot, 2 * self.problem.num_devices]
+        wait_rows(self.hbm.received, self.vmem.sems.gathered.at[slot], count)
         self.unpack(slot, count, self.routed_factors(experts.expert(visit)))
         self.load_partials(slot)
         self.first_products(experts, visit, count)
         self.gather(visit + 1)
         self.narrow_h(experts, count)
-        resumed = books.counts[RESUMED + slot]
-        wait_rows(self.hbm.partials, self.vmem.sems.partial.at[1], resumed)
+        wait_rows(self.hbm.partials, self.vmem.sems.partial.at[1], books.counts[LOADING])
+        books.counts[LOADING] = 0
         self.second_product(experts, visit, count)
         self.pack(slot, count)
-        repeat(count, lambda r: self.send_home(slot, r))
+        self.send_home(slot)
 
-    def send_home(self, slot: jax.Array, r: jax.Array) -> None:
-        """Starts moving one result to its token's device, or a sum to the partials."""
+    def send_home(self, slot: jax.Array) -> None:
+        """Starts moving a tile's results to their tokens' devices, and sums to the partials."""
         books, sems = self.vmem.books, self.vmem.sems
-        code, origin = books.codes[slot, r], books.origins[slot, r]
-        result = row(self.vmem.out.at[slot], r)
-        brought = (code >> TOKEN_BITS & SLOT) * self.problem.num_tokens + (code & TOKEN)
-        home = row(self.hbm.returned, brought)
 
-        @pl.when(code & LAST == 0)
-        def _() -> None:
-            partial = row(self.hbm.partials, books.places[slot, r])
-            start(row(self.vmem.y, r), partial, sems.partial.at[0])
-            books.counts[STORING] += 1
-
-        @pl.when(code & LAST != 0)
-        def _() -> None:
-            books.counts[LEAVING + slot] += 1
-
-            @pl.when(origin == self.me)
-            def _() -> None:
+        def finished(device: Any, r: jax.Array) -> None:
+            code = books.codes[slot, r]
+            brought = (code >> TOKEN_BITS & SLOT) * self.problem.num_tokens + (code & TOKEN)
+            result, home = row(self.vmem.out.at[slot], r), row(self.hbm.returned, brought)
+            if device is None:
                 start(result, home, sems.leaving.at[slot])
+            else:
+                self.send(result, home, sems.leaving.at[slot], sems.home.at[0], device)
 
-            if self.problem.num_devices > 1:
+        def one_of_several(device: Any, r: jax.Array) -> None:
+            last = books.codes[slot, r] & LAST != 0
 
-                @pl.when(origin != self.me)
-                def _() -> None:
-                    self.send(result, home, sems.leaving.at[slot], sems.home.at[0], origin)
+            @pl.when(last)
+            def _() -> None:
+                finished(device, r)
+                books.counts[LEAVING + slot] += 1
+
+            @pl.when(~last)
+            def _() -> None:
+                partial = row(self.hbm.partials, books.places[slot, r])
+                start(row(self.vmem.y, r), partial, sems.partial.at[0])
+                books.counts[STORING] += 1
+
+        def alone(s: jax.Array) -> jax.Array:
+            return books.spans[slot, 2 * s + 1] - books.spans[slot, 2 * s]
+
+        count = lax.fori_loop(
+            0, self.problem.num_devices, lambda s, total: total + alone(s), jnp.int32(0)
+        )
+        books.counts[LEAVING + slot] = count
+        self.each_row(slot, finished, one_of_several)
 
     def visit_shared(self, experts: Experts, visit: jax.Array) -> None:
         """One tile of the shared expert: consecutive own tokens."""

@@ -20,6 +20,7 @@ from fused_moe.plan import ROWS, Plan, Problem, buffers
 from reference.fused_moe import Weights
 
 Ref = Any
+UNROLL = 4  # rows whose transfers are started together
 IO_DEPTH = 4  # blocks of ROWS tokens or outputs on their way
 
 
@@ -54,15 +55,14 @@ class Books(NamedTuple):
     visit_row: Ref  # [visits] which of the expert's rows comes first
     partial_of: Ref  # [n * T] number of the token among those with several experts here
     codes: Ref  # [2, M] entries of a tile's rows
-    origins: Ref  # [2, M] the devices that these come from
     places: Ref  # [2, M] where their partials are
-    resumed: Ref  # [2, M] the rows among them that have one already
-    counts: Ref  # [9], see below
+    spans: Ref  # [2, 2 * n + 1] where a tile's rows of each device begin: alone; one of several
+    counts: Ref  # [6], see below
 
 
-# What Books.counts holds: rows of the tiles [2], resumed rows of the tiles [2], rows that are
-# leaving [2], visits in a pass, tokens with several experts here, rows on their way to the partials
-TILE, RESUMED, LEAVING, VISITS, REPEATED, STORING = 0, 2, 4, 6, 7, 8
+# What Books.counts holds: rows that are leaving [2], visits in a pass, tokens with several experts
+# here, rows on their way from and to the partials.
+LEAVING, VISITS, REPEATED, LOADING, STORING = 0, 2, 3, 4, 5
 
 
 class Sems(NamedTuple):
@@ -131,10 +131,9 @@ class Scratch(NamedTuple):
                 visit_row=words(visits),
                 partial_of=words(rows),
                 codes=words(2, plan.tile),
-                origins=words(2, plan.tile),
                 places=words(2, plan.tile),
-                resumed=words(2, plan.tile),
-                counts=words(9),
+                spans=words(2, 2 * problem.num_devices + 1),
+                counts=words(6),
             ),
             sems=Sems(
                 table=sems(3),
@@ -198,6 +197,18 @@ class Plumbing:
 def repeat(times: Any, action: Callable[[jax.Array], None]) -> None:
     """action(0), ..., action(times - 1), as a loop of the kernel."""
     lax.fori_loop(0, times, lambda i, _: action(i), None)
+
+
+def each(begin: jax.Array, end: jax.Array, action: Callable[[jax.Array], None]) -> None:
+    """action(begin), ..., action(end - 1), UNROLL at a time: the scalar core has long latencies."""
+    whole = jnp.maximum(end - begin, 0) >> (UNROLL.bit_length() - 1)
+
+    def several(i: jax.Array) -> None:
+        for j in range(UNROLL):
+            action(begin + i * UNROLL + j)
+
+    repeat(whole, several)
+    lax.fori_loop(begin + whole * UNROLL, end, lambda i, _: action(i), None)
 
 
 def row(ref: Ref, index: Any) -> Ref:

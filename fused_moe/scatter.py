@@ -10,13 +10,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.dispatch import FIRST, TOKEN, Table
 from fused_moe.plan import ROWS
-from fused_moe.plumbing import IO_DEPTH, Plumbing, Ref, repeat, row, rows, start, wait, wait_rows
+from fused_moe.plumbing import IO_DEPTH, Plumbing, Ref, each, repeat, row, rows, start, wait, wait_rows
 from tpukit.buffers import Index, Stream
 
 
@@ -90,22 +89,26 @@ class Scatter(Plumbing):
     def send_tokens(self) -> None:
         """Sends every own token once to each other device that has experts of it."""
         books, table = self.vmem.books, self.problem.table
+        first = self.me * self.problem.num_tokens
         here = self.problem.experts_here
 
         def segment(expert: jax.Array, device: jax.Array) -> None:
             arrived = self.vmem.sems.arrived.at[expert]
-            place = Table.STARTS + device * here + expert
+            place = Table.BOUNDS + 2 * (device * here + expert)
+            begin, several, end = (books.mine[0, place + i] for i in range(3))
 
-            def entry(i: jax.Array, _: None) -> None:
+            def send(i: jax.Array) -> None:
                 code = books.mine[0, table.entries + i]
+                packed = row(self.hbm.received, first + (code & TOKEN))
+                self.send(packed, packed, self.vmem.sems.sent.at[0], arrived, device)
 
-                @pl.when(code & FIRST != 0)
+            def send_first(i: jax.Array) -> None:
+                @pl.when(books.mine[0, table.entries + i] & FIRST != 0)
                 def _() -> None:
-                    token = self.me * self.problem.num_tokens + (code & TOKEN)
-                    packed = row(self.hbm.received, token)
-                    self.send(packed, packed, self.vmem.sems.sent.at[0], arrived, device)
+                    send(i)
 
-            lax.fori_loop(books.mine[0, place], books.mine[0, place + 1], entry, None)
+            each(begin, several, send)
+            repeat(end - several, lambda i: send_first(several + i))
 
         others = self.problem.num_devices - 1
         repeat(here, lambda expert: repeat(others, lambda i: segment(expert, self.other(i))))

@@ -21,7 +21,7 @@ from tpukit.errors import ListingError
 
 _OPERATION = re.compile(
     r"^(?:%\S+ = )?"
-    r"([a-z][a-z0-9_]*(?:\.(?:[a-z0-9_]+(?:\[\d+\])?|<no memory space>))*)(?= |$)"
+    r"([a-z][a-z0-9_]*(?:\.(?:[a-zA-Z0-9_]+(?:\[\d+\])?|<no memory space>))*)(?= |$)"
 )
 _DMA_START = re.compile(r"^dma\.(?:general|(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem))$")
 _DMA_WAIT = re.compile(r"^dma\.done\.wait$")
