@@ -323,7 +323,11 @@ class Visits(Rings):
                 repeat(self.plan.depth, stream.start)
 
     def each_slice(
-        self, experts: Experts, names: tuple[str, ...], visit: jax.Array, action: Callable[..., None]
+        self,
+        experts: Experts,
+        names: tuple[str, ...],
+        visit: jax.Array,
+        action: Callable[..., None],
     ) -> None:
         """action(part, slot) for every slice of a visit, each replaced as soon as it is used."""
         down = names == ("down",)
@@ -343,7 +347,7 @@ class Visits(Rings):
     def projection(
         self, experts: Experts, name: str, x: jax.Array, slot: jax.Array, factor: jax.Array
     ) -> jax.Array:
-        """factor * (x @ slice) + bias."""
+        """Factor * (x @ slice) + bias."""
         ring = getattr(self.vmem, name)
         weights = experts.weights
         weight, scale, bias = (getattr(weights, name + part) for part in ("", "_scale", "_bias"))
@@ -356,7 +360,7 @@ class Visits(Rings):
         )
 
     def first_products(self, experts: Experts, visit: jax.Array, count: jax.Array) -> None:
-        """h = gated(x gate, x up)."""
+        """H = gated(x gate, x up)."""
 
         def slice_(part: jax.Array, slot: jax.Array) -> None:
             columns = pl.ds(
@@ -376,7 +380,7 @@ class Visits(Rings):
         self.each_slice(experts, ("gate", "up"), visit, slice_)
 
     def narrow_h(self, experts: Experts, count: jax.Array) -> None:
-        """h in the type of the second product, each row with its own scale if that is quantised."""
+        """H in the type of the second product, each row with its own scale if that is quantised."""
         inter = experts.shape.inter
 
         def group(i: jax.Array) -> None:
@@ -393,7 +397,7 @@ class Visits(Rings):
         repeat((count + ROWS - 1) // ROWS, group)
 
     def second_product(self, experts: Experts, visit: jax.Array, count: jax.Array) -> None:
-        """y = weight * (h down), added to what is there for rows that resume a sum."""
+        """Y = weight * (h down), added to what is there for rows that resume a sum."""
 
         def slice_(part: jax.Array, slot: jax.Array) -> None:
             columns = pl.ds(
@@ -508,8 +512,6 @@ class Visits(Rings):
         self.narrow_h(experts, count)
         self.second_product(experts, visit, count)
         self.pack(slot, count)
-        home = rows(
-            self.hbm.returned, self.problem.top_k * self.problem.num_tokens + first, count
-        )
+        home = rows(self.hbm.returned, self.problem.top_k * self.problem.num_tokens + first, count)
         start(rows(self.vmem.out.at[slot], 0, count), home, sems.leaving.at[slot])
         self.vmem.books.counts[LEAVING + slot] = count

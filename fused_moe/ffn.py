@@ -9,9 +9,13 @@ F32 = jnp.float32
 
 
 def product(
-    x: jax.Array, weight: jax.Array, scale: jax.Array | None, bias: jax.Array | None, factor: jax.Array
+    x: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    factor: jax.Array,
 ) -> jax.Array:
-    """factor * (x @ weight) + bias in float32, each block of inputs with its scale.
+    """Factor * (x @ weight) + bias in float32, each block of inputs with its scale.
 
     Args:
       x: [R, K].

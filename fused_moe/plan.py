@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from fused_moe.dispatch import LANES, Table
+from fused_moe.dispatch import LANES, Table, round_up
 from fused_moe.rows import RowFormat
+from tpukit import tuning
+from tpukit.chips import Chip
+from tpukit.errors import ArgumentError, UnsupportedError
 
 ROWS = 32  # rows of a tile of the narrowest type: counts of rows in memory are multiples of it
+SMEM_SHARE = 0.85  # of SMEM that the kernel's own scalars may take; the compiler spills there too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +145,32 @@ class Plan:
         return problem.experts_here + most // self.tile
 
 
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which plan a call gets, and why.
+
+    Attributes:
+      plan: the block sizes.
+      source: "argument", or an "exact" or "nearest" entry of the table, or the cost "model".
+      why: a sentence about that choice.
+      vmem_bytes: what the plan's buffers take.
+      vmem_limit: what the chip has.
+      hbm_bytes: what a device needs besides arguments and output.
+    """
+
+    plan: Plan
+    source: str
+    why: str
+    vmem_bytes: int
+    vmem_limit: int
+    hbm_bytes: int
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.plan).items())
+        share = f"{self.vmem_bytes / 2**20:.1f} of {self.vmem_limit / 2**20:.0f} MiB VMEM"
+        return f"{sizes} ({self.source}: {self.why}; {share}, {self.hbm_bytes / 1e6:.0f} MB HBM)"
+
+
 Buffer = tuple[tuple[int, ...], Any]
 
 
@@ -191,3 +224,175 @@ def vmem_bytes(problem: Problem, plan: Plan) -> int:
 def vmem_allowed(problem: Problem, plan: Plan) -> int:
     """Bytes of VMEM to ask the compiler for: the buffers, and room for values that are spilled."""
     return vmem_bytes(problem, plan) + 6 * 2**20
+
+
+def scalars(problem: Problem, plan: Plan) -> int:
+    """32-bit words of SMEM that the tables and the lists take."""
+    n = problem.num_devices
+    lists = 2 * plan.visits(problem) + n * problem.num_tokens + 4 * plan.tile + 4 * n
+    return (n + 1) * problem.table.width + lists
+
+
+def hbm_bytes(problem: Problem, plan: Plan) -> int:
+    """Bytes of HBM that a device needs besides arguments and output, whatever the ids are."""
+    rows = problem.num_devices * problem.num_tokens
+    received = rows * problem.rows_out.row_words
+    returned = problem.slots * problem.num_tokens * problem.rows_back.row_words
+    partials = min(plan.partials, rows) * problem.hidden
+    tables = problem.num_devices * problem.table.width
+    return 4 * (received + returned + partials + tables)
+
+
+def divisors(width: int, most: int) -> list[int]:
+    """Multiples of 128 that divide a width, from `most` down."""
+    return [d for d in range(most - most % LANES, 0, -LANES) if width % d == 0]
+
+
+def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
+    """Checks that a plan is legal for a problem.
+
+    Raises:
+      ArgumentError: a field does not suit the problem.
+      UnsupportedError: it needs more memory than the chip has.
+    """
+
+    def refuse(field: str, expected: str) -> None:
+        got = f"is {getattr(plan, field)}"
+        raise ArgumentError(where="fused_moe", argument=f"plan.{field}", got=got, expected=expected)
+
+    if plan.tile < 2 * ROWS or plan.tile % ROWS:
+        refuse("tile", f"a multiple of {ROWS}, at least {2 * ROWS}")
+    for field, widths in (
+        ("inter_slice", [shape.inter for shape in problem.shapes]),
+        ("hidden_slice", [problem.hidden]),
+    ):
+        size = getattr(plan, field)
+        if size < LANES or size % LANES or any(width % size for width in widths):
+            refuse(field, f"a multiple of {LANES} that divides {widths}")
+    if plan.depth < 2 or plan.depth & (plan.depth - 1):
+        refuse("depth", "a power of two, at least 2")
+    if plan.partials < ROWS:
+        refuse("partials", f"at least {ROWS}")
+    for what, needed, there in (
+        ("VMEM", vmem_allowed(problem, plan), chip.vmem_bytes),
+        ("SMEM", 4 * scalars(problem, plan), SMEM_SHARE * chip.smem_bytes),
+    ):
+        if needed > there:
+            raise UnsupportedError(
+                where="fused_moe",
+                what=f"plan {plan} with {needed / 2**20:.1f} MiB of {what}",
+                place=chip.name,
+                why=f"a kernel gets {there / 2**20:.1f} MiB",
+                advice="Use smaller tiles and slices, or fewer tokens per call.",
+            )
+
+
+def fits(problem: Problem, plan: Plan, chip: Chip) -> bool:
+    """Whether `check_plan` accepts the plan."""
+    try:
+        check_plan(problem, plan, chip)
+    except (ArgumentError, UnsupportedError):
+        return False
+    return True
+
+
+def expected_partials(problem: Problem) -> int:
+    """Partials for twice the tokens that have several experts on one device, if routing is even."""
+    rows, k = problem.num_devices * problem.num_tokens, problem.top_k
+    here = 1 / problem.num_devices
+    several = 1 - (1 - here) ** k - k * here * (1 - here) ** (k - 1)
+    return min(rows, round_up(int(2 * rows * several) + 256, ROWS))
+
+
+def model(problem: Problem, chip: Chip) -> Plan:
+    """The cost model: tiles for an expert's expected rows, then the longest slices that fit.
+
+    Raises:
+      UnsupportedError: nothing fits.
+    """
+    rows = problem.num_devices * problem.num_tokens * problem.top_k / problem.num_experts
+    tiles = [size for size in (256, 128, 64) if size == 64 or rows > size / 2]
+    inter = functools.reduce(math.gcd, [shape.inter for shape in problem.shapes])
+    for tile in tiles:
+        for up, down in ((512, 1024), (256, 1024), (256, 512), (128, 512), (128, 256)):
+            plan = Plan(
+                tile=tile,
+                inter_slice=divisors(inter, up)[0],
+                hidden_slice=divisors(problem.hidden, down)[0],
+                partials=expected_partials(problem),
+            )
+            if fits(problem, plan, chip):
+                return plan
+    raise UnsupportedError(
+        where="fused_moe",
+        what=f"hidden {problem.hidden}, intermediate {inter}, {problem.num_tokens} tokens a device",
+        place=chip.name,
+        why="no tile and slices fit its VMEM and SMEM",
+        advice="Use implementation='grouped'.",
+    )
+
+
+SCHEMA = tuning.Schema(
+    kernel="fused_moe",
+    exact={
+        "weight_dtype": str,
+        "row_dtype": str,
+        "hidden": int,
+        "inter": int,
+        "shared": bool,
+        "num_experts": int,
+        "top_k": int,
+        "num_devices": int,
+    },
+    bucketed=("num_tokens",),
+    plan=dict.fromkeys((field.name for field in dataclasses.fields(Plan)), int),
+)
+
+
+def as_plan(fields: Mapping[str, tuning.Value]) -> Plan:
+    """A plan from the fields of a table's entry, which the schema says are ints."""
+    return Plan(**{name: int(value) for name, value in fields.items()})
+
+
+@functools.cache
+def table() -> tuning.Table:
+    """The tuned block sizes."""
+    return tuning.load(Path(__file__).parent / "tuned.json", SCHEMA)
+
+
+def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanation:
+    """The plan of a call: the caller's, else the table's, else the cost model's.
+
+    Raises:
+      ArgumentError, UnsupportedError: the caller's plan is not legal, or none is.
+    """
+    if plan is not None:
+        check_plan(problem, plan, chip)
+        source, why = "argument", "the caller's"
+    else:
+        key = {
+            "weight_dtype": jnp.dtype(problem.weight_dtype).name,
+            "row_dtype": jnp.dtype(problem.row_dtype).name,
+            "hidden": problem.hidden,
+            "inter": problem.routed.inter,
+            "shared": problem.shared is not None,
+            "num_experts": problem.num_experts,
+            "top_k": problem.top_k,
+            "num_devices": problem.num_devices,
+            "num_tokens": problem.num_tokens,
+        }
+        found = table().resolve(
+            chip.name,
+            key,
+            valid=lambda fields: fits(problem, as_plan(fields), chip),
+            model=lambda: dataclasses.asdict(model(problem, chip)),
+        )
+        plan, source, why = as_plan(found.value), found.source, found.why
+    return Explanation(
+        plan,
+        source,
+        why,
+        vmem_bytes(problem, plan),
+        chip.vmem_bytes,
+        hbm_bytes(problem, plan),
+    )

@@ -60,7 +60,9 @@ class RowFormat:
         """Every block of 128 words, and the blocks of values that are in it."""
         for start in range(0, self.words, LANES):
             first = start * self.per_word
-            parts = [slice(first + i * LANES, first + (i + 1) * LANES) for i in range(self.per_word)]
+            parts = [
+                slice(first + i * LANES, first + (i + 1) * LANES) for i in range(self.per_word)
+            ]
             yield slice(start, start + LANES), parts
 
     def pack(self, values: list[jax.Array]) -> jax.Array:

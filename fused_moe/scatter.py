@@ -15,7 +15,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.dispatch import FIRST, TOKEN, Table
 from fused_moe.plan import ROWS
-from fused_moe.plumbing import IO_DEPTH, Plumbing, Ref, each, repeat, row, rows, start, wait, wait_rows
+from fused_moe.plumbing import (
+    IO_DEPTH,
+    Plumbing,
+    Ref,
+    each,
+    repeat,
+    row,
+    rows,
+    start,
+    wait,
+    wait_rows,
+)
 from tpukit.buffers import Index, Stream
 
 

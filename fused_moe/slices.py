@@ -25,7 +25,9 @@ from tpukit.buffers import Index, Stream
 
 def divide(value: Index, by: int) -> tuple[jax.Array, jax.Array]:
     """Quotient and remainder of a number that is not negative."""
-    quotient = jnp.int32(value) >> (by.bit_length() - 1) if by & (by - 1) == 0 else lax.div(value, by)
+    quotient = (
+        jnp.int32(value) >> (by.bit_length() - 1) if by & (by - 1) == 0 else lax.div(value, by)
+    )
     return quotient, value - quotient * by
 
 

@@ -68,9 +68,7 @@ def quantise(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(x * (1 / scale), -largest, largest).astype(dtype), scale
 
 
-def gated(
-    gate: jax.Array, up: jax.Array, activation: Activation, limit: float | None
-) -> jax.Array:
+def gated(gate: jax.Array, up: jax.Array, activation: Activation, limit: float | None) -> jax.Array:
     """The activation of an expert, element by element, in float32.
 
     Args:
@@ -89,7 +87,7 @@ def gated(
 
 
 def scaled_product(x: jax.Array, w: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """x [rows, K] times w [K, N], whose blocks of inputs are scaled by scale [B, N]; float32."""
+    """X [rows, K] times w [K, N], whose blocks of inputs are scaled by scale [B, N]; float32."""
     x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     if scale is not None:
         w = w * jnp.repeat(scale, w.shape[0] // scale.shape[0], axis=0)
