@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fused_moe import grouped
 from fused_moe.dispatch import describe, round_up
-from fused_moe.kernel import device_index, fused_moe_kernel
+from fused_moe.kernel import fused_moe_kernel
 from fused_moe.plan import ROWS, Explanation, Plan, Problem, plan_for
 from fused_moe.problem import FLOAT8, check_options, problem_of
 from reference import fused_moe as reference
@@ -27,6 +27,7 @@ from tpukit.errors import ArgumentError, UnsupportedError
 
 Implementation = Literal["auto", "pallas", "interpret", "grouped", "reference"]
 SUPPORTED_CHIPS = ("v5e", "v6e", "tpu7x")
+SMEM_WORDS = 3 * 2**16  # that tables may take, of the 2**18 words of every chip
 
 
 def fused_moe(
@@ -206,7 +207,7 @@ def explain(
     )
     target = chip_named(chip)
     check_chip(problem, target)
-    return plan_for(split(problem, target)[0], target, plan)
+    return plan_for(split(problem)[0], target, plan)
 
 
 def supports(*args: Any, **kwargs: Any) -> bool:
@@ -348,7 +349,7 @@ def choose(
             return "grouped", target
         try:
             check_chip(problem, here)
-            plan_for(split(problem, here)[0], here, plan)
+            plan_for(split(problem)[0], here, plan)
         except UnsupportedError:
             return "grouped", target
         return "pallas", target
@@ -365,14 +366,14 @@ def choose(
     return implementation, target
 
 
-def split(problem: Problem, chip: Chip) -> tuple[Problem, int]:
+def split(problem: Problem) -> tuple[Problem, int]:
     """The problem of one call of the kernel, and how many it takes for tables to fit SMEM."""
     calls = 1
     while True:
         tokens = round_up(-(-problem.num_tokens // calls), ROWS)
         part = dataclasses.replace(problem, num_tokens=tokens)
         words = (part.num_devices + 1) * part.table.width + part.num_devices * tokens
-        if 4 * words <= chip.smem_bytes * 3 // 4 or tokens == ROWS:
+        if words <= SMEM_WORDS or tokens == ROWS:
             return part, calls
         calls += 1
 
@@ -429,7 +430,7 @@ def one_device(
             activation_dtype=activation_dtype,
         )
         return out[:, :hidden]
-    part, calls = split(problem, target)
+    part, calls = split(problem)
     plan = plan_for(part, target, plan).plan
     interpret = pltpu.InterpretParams() if chosen == "interpret" else False
     padding = calls * part.num_tokens - num_tokens
@@ -468,7 +469,7 @@ def launch(
     interpret: Any,
 ) -> jax.Array:
     """Brings the arguments into the kernel's layout and runs it."""
-    me = device_index(problem)
+    me = lax.axis_index([name for name, _ in problem.axes]) if problem.axes else 0
     table, tails = describe(
         expert_ids, expert_weights, problem.num_experts, problem.num_devices, me
     )

@@ -51,7 +51,8 @@ class Table:
 
     SENDS = 0  # rows that leave for another device
     RETURNS = 1  # rows that come back from one
-    BOUNDS = 2  # [2 * num_experts + 1] first entry of each expert, first of several of each expert
+    ME = 2  # the device
+    BOUNDS = 3  # [2 * num_experts + 1] first entry of each expert, first of several of each expert
 
     @property
     def firsts(self) -> int:
@@ -112,7 +113,7 @@ def describe(
     is_expert = experts.ravel()[None, :] == jnp.arange(num_experts)[:, None]
     firsts = jnp.sum(is_expert & first.ravel()[None, :], axis=1)
     away = device != me
-    counts = jnp.stack([jnp.sum(first & away), jnp.sum(last & away)])
+    counts = jnp.stack([jnp.sum(first & away), jnp.sum(last & away), jnp.asarray(me)])
     head = jnp.concatenate([counts, bounds, firsts])
     head = jnp.pad(head, (0, layout.entries - head.size))
     table = jnp.concatenate([head, jnp.pad(codes, (0, -codes.size % LANES))])

@@ -14,14 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.combine import Combine
+from fused_moe.dispatch import Table
 from fused_moe.experts import Visits
 from fused_moe.plan import Plan, Problem, vmem_allowed
-from fused_moe.plumbing import Operands, Scratch
+from fused_moe.plumbing import Operands, Scratch, start, wait
 from fused_moe.scatter import Scatter
 from reference.fused_moe import Weights
 
@@ -30,16 +30,17 @@ COLLECTIVE_ID = 0
 
 def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     """One device's part, from start to end."""
-    me = device_index(problem)
+    ready = vmem.sems.table.at[0]
+    start(hbm.table, vmem.books.mine, ready)
+    wait(hbm.table, ready)
+    me = vmem.books.mine[0, Table.ME]
     scatter = Scatter(problem, plan, me, hbm, vmem)
     visits = Visits(problem, plan, me, hbm, vmem)
     combine = Combine(problem, plan, me, hbm, vmem)
-    alone = problem.num_devices == 1
 
-    scatter.open_table()
     visits.start_first(visits.experts[:-1])
     scatter.pack_tokens()
-    if not alone:
+    if problem.num_devices > 1:
         scatter.enter()
     scatter.send_tables()
     scatter.send_tokens()
@@ -49,14 +50,6 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     visits.run()
     combine.run()
     scatter.finish()
-
-
-def device_index(problem: Problem) -> Any:
-    """This device's number among those that share the experts."""
-    index: Any = jnp.int32(0)
-    for name, size in problem.axes:
-        index = index * size + lax.axis_index(name)
-    return index
 
 
 def fused_moe_kernel(

@@ -34,12 +34,6 @@ from tpukit.buffers import Index, Stream
 class Scatter(Plumbing):
     """Steps of the way out, in the order in which they are taken."""
 
-    def open_table(self) -> None:
-        """Fetches the own table."""
-        ready = self.vmem.sems.table.at[0]
-        start(self.hbm.table, self.vmem.books.mine, ready)
-        start(self.hbm.table, row(self.hbm.tables, self.me), ready)
-
     def pack_tokens(self) -> None:
         """Packs the own tokens into their place among the received ones."""
         blocks = self.problem.num_tokens // ROWS
@@ -91,9 +85,9 @@ class Scatter(Plumbing):
     def send_tables(self) -> None:
         """Sends the own table to all other devices."""
         mine = row(self.hbm.tables, self.me)
-        _, sent, received = (self.vmem.sems.table.at[i] for i in range(3))
-        wait(self.hbm.table, self.vmem.sems.table.at[0])
-        wait(self.hbm.table, self.vmem.sems.table.at[0])
+        local, sent, received = (self.vmem.sems.table.at[i] for i in range(3))
+        start(self.hbm.table, mine, local)
+        wait(self.hbm.table, local)
         others = self.problem.num_devices - 1
         repeat(others, lambda i: self.send(mine, mine, sent, received, self.other(i)))
 

@@ -1,0 +1,238 @@
+"""The kernel, interpreted on up to eight devices: accuracy gates, bit-exact gates, odd batches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+
+import fused_moe
+from reference import fused_moe as reference
+from tests.fused_moe import oracle
+from tpukit import interpret
+
+LATE, EAGER = interpret.MODES
+PLAN = fused_moe.Plan(tile=64, inter_slice=128, hidden_slice=256, partials=64)
+
+
+def mesh_of(devices):
+    return Mesh(np.array(jax.devices()[:devices]), ("expert",)) if devices > 1 else None
+
+
+@functools.cache
+def compiled(mode, devices, plan, options):
+    """A jitted layer per static choice; the mode only keeps traces apart."""
+
+    @jax.jit
+    def layer(*args):
+        return fused_moe.fused_moe(
+            *args, mesh=mesh_of(devices), implementation="interpret", plan=plan, **dict(options)
+        )
+
+    return layer
+
+
+def run(layer, devices=1, mode=LATE, plan=PLAN):
+    """The kernel's output under the strict harness."""
+    function = compiled(mode, devices, plan, tuple(sorted(layer.options.items())))
+    with interpret.strict(mode):
+        return np.asarray(function(*layer.args()))
+
+
+# What the kernel's float32 sums may differ from float64 before they are rounded: now and then an
+# operand of the second product or a result on its way back rounds the other way. Measured at most
+# 1.5e-3 of a row's norm with float8 activations, 4e-4 with bfloat16.
+FLIPS = {"float8_e4m3fn": 2.5e-3, None: 8e-4}
+
+
+def check_gates(layer, found, devices):
+    """Gate A against float64 with the same roundings, Gate B against float64 with none."""
+    wanted = oracle.output(layer, devices)
+    once = oracle.rounded(wanted, ml_dtypes.bfloat16)
+    flips = FLIPS[layer.options.get("activation_dtype")]
+    if layer.options.get("return_dtype"):
+        flips *= 4  # a flip of a float8 result is larger
+    assert oracle.error(found, wanted) <= 1.25 * oracle.error(once, wanted) + flips / 2
+    assert oracle.error(found, wanted, axis=1) <= 2 * oracle.error(once, wanted, axis=1) + flips
+    exact = oracle.output(layer, devices, exact=True)
+    options = {k: v for k, v in layer.options.items() if k != "return_dtype"}
+    plain = np.asarray(reference.fused_moe(*layer.args(), **options))
+    if not layer.options.get("return_dtype"):
+        assert oracle.error(found, exact) <= 1.1 * max(oracle.error(plain, exact), 2.4e-3)
+
+
+QUANTISED = {"activation_dtype": "float8_e4m3fn"}
+
+
+@pytest.mark.parametrize("mode", [LATE, EAGER], ids=["late", "eager, races"])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_devices(devices, mode):
+    layer = oracle.random_layer(devices, 48, shared=oracle.INTER, **QUANTISED)
+    check_gates(layer, run(layer, devices, mode), devices)
+
+
+KINDS = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, shared, biases": {"dtype": "bfloat16", "shared": 256, "biased": True},
+    "int8 weights": {"dtype": "int8"},
+    "float8 weights": {"shared": 512},
+    "float8, biases": {"biased": True, "shared": 256, **QUANTISED},
+    "blocks": {"block": 128, "shared": 256, **QUANTISED},
+    "blocks, bfloat16 tokens": {"block": 256},
+    "gelu": {"activation": "gelu", **QUANTISED},
+    "swigluoai": {"activation": "swigluoai", "limit": 0.7, "biased": True, **QUANTISED},
+    "clipped": {"limit": 0.5, **QUANTISED},
+    "float8 back": {"return_dtype": "float8_e4m3fn", "shared": 256, **QUANTISED},
+    "float8 back, bfloat16": {"return_dtype": "float8_e4m3fn", "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_kinds(kind):
+    layer = oracle.random_layer(20, 40, **kind)
+    check_gates(layer, run(layer, 2), 2)
+
+
+def with_ids(ids, **options):
+    """A layer with these ids and nothing masked."""
+    ids = np.asarray(ids, np.int32)
+    made = oracle.random_layer(30, len(ids), top_k=ids.shape[1], **options, **QUANTISED)
+    return dataclasses.replace(made, ids=ids)
+
+
+EDGES = {
+    "nobody": np.full((5, 2), -1),
+    "one token": [[3, 6]],
+    "all to one expert": np.full((70, 1), 5),
+    "all to one device": np.tile([0, 1, 2, 3], (40, 1)),
+    "an id twice": [[2, 2, 7]] * 9,
+    "out of range": [[8, 1000, -7], [0, 2**31 - 1, -(2**31)]] * 5,
+    "one slot": [[i % 8] for i in range(50)],
+    "all experts": np.tile(np.arange(8), (20, 1)),
+    "last device only": [[-1, 7]] * 33,
+}
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("ids", EDGES.values(), ids=EDGES)
+def test_edges(ids, devices):
+    layer = with_ids(ids)
+    check_gates(layer, run(layer, devices), devices)
+
+
+def test_no_token_no_kernel():
+    layer = with_ids(np.zeros((0, 2)))
+    assert run(layer).shape == (0, oracle.HIDDEN)
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**32 - 1), hostile=st.booleans())
+def test_drawn_ids(seed, hostile):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(-3, 11, (48, 3)) if hostile else rng.integers(0, 8, (48, 3))
+    layer = with_ids(ids)
+    check_gates(layer, run(layer, 2), 2)
+
+
+def test_tiles_passes_and_buffers_change_no_bit():
+    """Too few partials take more passes over the experts, and give the same."""
+    layer = oracle.random_layer(40, 96, 8, 6, masked=0, **QUANTISED)
+    wanted = run(layer)
+    few = dataclasses.replace(PLAN, partials=32)
+    deep = dataclasses.replace(PLAN, depth=4)
+    for plan in (few, deep):
+        np.testing.assert_array_equal(run(layer, plan=plan), wanted)
+    check_gates(layer, wanted, 1)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_other_tokens_change_no_bit(devices):
+    """The rows of a token's experts are whole numbers, so that no sum depends on its order."""
+    layer = exact_layer(50)
+    wanted = run(layer, devices)
+    kept = np.arange(len(layer.ids)) % 5 == 2
+    alone = dataclasses.replace(layer, ids=np.where(kept[:, None], layer.ids, -1))
+    np.testing.assert_array_equal(run(alone, devices)[kept], wanted[kept])
+    assert np.all(run(alone, devices)[~kept] == 0)
+
+
+def exact_layer(seed):
+    """A layer of small whole numbers: every product is exact in float32, whatever its order."""
+    rng = np.random.default_rng(seed)
+    layer = oracle.random_layer(seed, 56, dtype="bfloat16")
+
+    def whole(x):
+        return jnp.asarray(rng.integers(-1, 2, x.shape), x.dtype)
+
+    weights = jax.tree.map(whole, layer.weights)
+    tokens = rng.integers(-2, 3, layer.tokens.shape).astype(ml_dtypes.bfloat16)
+    return dataclasses.replace(layer, weights=weights, tokens=tokens)
+
+
+def test_modes_of_transfer_agree_to_the_bit():
+    layer = oracle.random_layer(60, 48, shared=256, **QUANTISED)
+    np.testing.assert_array_equal(run(layer, 4, LATE), run(layer, 4, EAGER))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_bad_numbers_stay_in_their_row(devices):
+    layer = oracle.random_layer(70, 48, shared=256, **QUANTISED)
+    wanted = run(layer, devices)
+    tokens = layer.tokens.copy()
+    tokens[3, 17], tokens[30, 400] = np.nan, np.inf
+    found = run(dataclasses.replace(layer, tokens=tokens), devices)
+    bad = np.isin(np.arange(48), [3, 30])
+    assert np.isnan(found[bad].astype(np.float32)).any(axis=1).all()
+    np.testing.assert_array_equal(found[~bad], wanted[~bad])
+
+
+def test_two_axes_of_a_mesh():
+    layer = oracle.random_layer(80, 48, **QUANTISED)
+    mesh = Mesh(np.array(jax.devices()[:6]).reshape(2, 3), ("outer", "inner"))
+    layer_6 = oracle.random_layer(81, 48, 6, **QUANTISED)
+    del layer
+    with interpret.strict(LATE):
+        found = np.asarray(
+            jax.jit(
+                lambda *args: fused_moe.fused_moe(
+                    *args, mesh=mesh, implementation="interpret", plan=PLAN, **layer_6.options
+                )
+            )(*layer_6.args())
+        )
+    check_gates(layer_6, found, 6)
+
+
+def test_one_axis_of_a_mesh_inside_shard_map():
+    """Two replicas of two devices each, with default checks of shard_map."""
+    layer = oracle.random_layer(82, 64, **QUANTISED)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "expert"))
+    split, experts = jax.P(("data", "expert")), jax.P("expert")
+
+    def device(*args):
+        options = {"implementation": "interpret", "plan": PLAN, **layer.options}
+        return fused_moe.fused_moe(*args, axis_name="expert", **options)
+
+    function = jax.shard_map(
+        device, mesh=mesh, in_specs=(split, experts, split, split), out_specs=split
+    )
+    with interpret.strict(LATE):
+        found = np.asarray(jax.jit(function)(*layer.args()))
+    check_gates(layer, found, 2)
+
+
+def test_many_tokens_take_several_calls(monkeypatch):
+    """Where tables do not fit SMEM the tokens are split."""
+    layer = oracle.random_layer(90, 80, **QUANTISED)
+    wanted = run(layer)
+    monkeypatch.setattr("fused_moe.api.SMEM_WORDS", 1100)
+    compiled.cache_clear()
+    found = run(layer)
+    compiled.cache_clear()
+    check_gates(layer, found, 1)
+    assert found.shape == wanted.shape
