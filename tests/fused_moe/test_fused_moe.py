@@ -45,26 +45,25 @@ def run(layer, devices=1, mode=LATE, plan=PLAN):
         return np.asarray(function(*layer.args()))
 
 
-# What the kernel's float32 sums may differ from float64 before they are rounded: now and then an
-# operand of the second product or a result on its way back rounds the other way. Measured at most
-# 1.5e-3 of a row's norm with float8 activations, 4e-4 with bfloat16.
-FLIPS = {"float8_e4m3fn": 2.5e-3, None: 8e-4}
+# Now and then an operand of the second product, or a result on its way back, is rounded to the
+# neighbour because float32 and float64 differ in the last bit. What that adds to a row's error:
+FLIPS = {"bfloat16": 5e-4, "float8_e4m3fn": 5e-3}
+ONE_ROUNDING = 1.7e-3  # of many values to bfloat16, relative
 
 
 def check_gates(layer, found, devices):
     """Gate A against float64 with the same roundings, Gate B against float64 with none."""
     wanted = oracle.output(layer, devices)
     once = oracle.rounded(wanted, ml_dtypes.bfloat16)
-    flips = FLIPS[layer.options.get("activation_dtype")]
-    if layer.options.get("return_dtype"):
-        flips *= 4  # a flip of a float8 result is larger
-    assert oracle.error(found, wanted) <= 1.25 * oracle.error(once, wanted) + flips / 2
-    assert oracle.error(found, wanted, axis=1) <= 2 * oracle.error(once, wanted, axis=1) + flips
-    exact = oracle.output(layer, devices, exact=True)
-    options = {k: v for k, v in layer.options.items() if k != "return_dtype"}
-    plain = np.asarray(reference.fused_moe(*layer.args(), **options))
+    narrow = layer.options.get("return_dtype") or layer.options.get("activation_dtype")
+    flips = FLIPS[narrow or "bfloat16"]
+    assert oracle.error(found, wanted) <= 1.1 * oracle.error(once, wanted) + flips / 8
+    assert oracle.error(found, wanted, axis=1) <= 1.25 * oracle.error(once, wanted, axis=1) + flips
     if not layer.options.get("return_dtype"):
-        assert oracle.error(found, exact) <= 1.1 * max(oracle.error(plain, exact), 2.4e-3)
+        exact = oracle.output(layer, devices, exact=True)
+        plain = oracle.error(reference.fused_moe(*layer.args(), **layer.options), exact)
+        # the reference does not round between the products, nor on the way back
+        assert oracle.error(found, exact) <= 1.1 * np.hypot(plain, 2**0.5 * ONE_ROUNDING)
 
 
 QUANTISED = {"activation_dtype": "float8_e4m3fn"}
@@ -127,8 +126,11 @@ def test_edges(ids, devices):
 
 
 def test_no_token_no_kernel():
-    layer = with_ids(np.zeros((0, 2)))
-    assert run(layer).shape == (0, oracle.HIDDEN)
+    layer = with_ids([[0, 1]])
+    none = dataclasses.replace(
+        layer, **{name: getattr(layer, name)[:0] for name in ("tokens", "ids", "expert_weights")}
+    )
+    assert run(none).shape == (0, oracle.HIDDEN)
 
 
 @settings(max_examples=8)
@@ -193,19 +195,17 @@ def test_bad_numbers_stay_in_their_row(devices):
 
 
 def test_two_axes_of_a_mesh():
-    layer = oracle.random_layer(80, 48, **QUANTISED)
     mesh = Mesh(np.array(jax.devices()[:6]).reshape(2, 3), ("outer", "inner"))
-    layer_6 = oracle.random_layer(81, 48, 6, **QUANTISED)
-    del layer
+    layer = oracle.random_layer(81, 48, 6, **QUANTISED)
     with interpret.strict(LATE):
         found = np.asarray(
             jax.jit(
                 lambda *args: fused_moe.fused_moe(
-                    *args, mesh=mesh, implementation="interpret", plan=PLAN, **layer_6.options
+                    *args, mesh=mesh, implementation="interpret", plan=PLAN, **layer.options
                 )
-            )(*layer_6.args())
+            )(*layer.args())
         )
-    check_gates(layer_6, found, 6)
+    check_gates(layer, found, 6)
 
 
 def test_one_axis_of_a_mesh_inside_shard_map():
