@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 LANES = 128
+WORDS = 1024  # of a tile of an array of one dimension
 # An entry in 32 bits: the token, its slot, and whether the expert is the first and the last of the
 # token's experts on its device.
 TOKEN_BITS = 20
@@ -39,7 +40,7 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Where a device's table, one row of int32, holds what.
+    """Where a device's table of int32 holds what.
 
     Attributes:
       num_experts: of all devices.
@@ -62,12 +63,12 @@ class Table:
     @property
     def entries(self) -> int:
         """[num_entries] the entries by expert: those that are alone first, then one of several."""
-        return round_up(self.firsts + self.num_experts, LANES)
+        return self.firsts + self.num_experts
 
     @property
     def width(self) -> int:
-        """Words in all."""
-        return self.entries + round_up(self.num_entries, LANES)
+        """Words in all, whole tiles of an array of one dimension."""
+        return round_up(self.entries + self.num_entries, WORDS)
 
 
 def same(values: jax.Array) -> jax.Array:
@@ -89,7 +90,7 @@ def describe(
       me: index of this device.
 
     Returns:
-      The table [1, width] int32 (see `Table`) and the tails [T, 128] int32.
+      The table [width] int32 (see `Table`) and the tails [T, 128] int32.
     """
     num_tokens, top_k = expert_ids.shape
     layout = Table(num_experts, num_tokens * top_k)
@@ -115,11 +116,11 @@ def describe(
     away = device != me
     counts = jnp.stack([jnp.sum(first & away), jnp.sum(last & away), jnp.asarray(me)])
     head = jnp.concatenate([counts, bounds, firsts])
-    head = jnp.pad(head, (0, layout.entries - head.size))
-    table = jnp.concatenate([head, jnp.pad(codes, (0, -codes.size % LANES))])
+    table = jnp.concatenate([head, codes])
+    table = jnp.pad(table, (0, layout.width - table.size))
 
     weights = jnp.where(known, expert_weights, 0.0)
     fields = [expert_ids, lax.bitcast_convert_type(weights, jnp.int32), last]
     tail = jnp.concatenate([x.astype(jnp.int32) for x in fields], axis=1)
     tail = jnp.pad(tail, ((0, 0), (0, LANES - tail.shape[1])))
-    return table.astype(jnp.int32)[None], tail
+    return table.astype(jnp.int32), tail

@@ -77,7 +77,7 @@ class Visits(Rings):
 
         def expert(e: jax.Array, count: jax.Array) -> jax.Array:
             def device(s: jax.Array, total: jax.Array) -> jax.Array:
-                return total + books.tables[s, first + 2 * e + 2] - books.tables[s, first + 2 * e]
+                return total + self.entry(s, first + 2 * e + 2) - self.entry(s, first + 2 * e)
 
             total = lax.fori_loop(0, self.problem.num_devices, device, jnp.int32(0))
             tiles = (total + self.plan.tile - 1) // self.plan.tile
@@ -153,7 +153,7 @@ class Visits(Rings):
 
             def device(s: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
                 seen, r = state
-                begin, several, end = (books.tables[s, place + i] for i in range(3))
+                begin, several, end = (self.entry(s, place + i) for i in range(3))
 
                 def inside(i: jax.Array) -> jax.Array:
                     return jnp.clip(i, first_row - seen + begin, limit - seen + begin)
@@ -182,7 +182,7 @@ class Visits(Rings):
         place = self.problem.table.firsts + self.me * self.problem.experts_here + expert
 
         def device(i: jax.Array, total: jax.Array) -> jax.Array:
-            return total + self.vmem.books.tables[self.other(i), place]
+            return total + self.entry(self.other(i), place)
 
         others = self.problem.num_devices - 1
         count = lax.fori_loop(0, others, device, jnp.int32(0))
@@ -191,7 +191,7 @@ class Visits(Rings):
     def take(self, s: jax.Array, i: jax.Array, r: jax.Array, slot: jax.Array) -> None:
         """Starts fetching row r of a tile, entry i of device s."""
         books = self.vmem.books
-        code = books.tables[s, self.problem.table.entries + i]
+        code = self.entry(s, self.problem.table.entries + i)
         books.codes[slot, r] = code
         token = row(self.hbm.received, s * self.problem.num_tokens + (code & TOKEN))
         start(token, row(self.vmem.words.at[slot], r), self.vmem.sems.gathered.at[slot])
@@ -201,7 +201,7 @@ class Visits(Rings):
     ) -> jax.Array:
         """The same for a token with several experts here, if this is its pass; returns the next row."""
         books = self.vmem.books
-        code = books.tables[s, self.problem.table.entries + i]
+        code = self.entry(s, self.problem.table.entries + i)
         token = s * self.problem.num_tokens + (code & TOKEN)
 
         @pl.when((code & FIRST != 0) & (turn == 0))

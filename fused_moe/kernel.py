@@ -33,7 +33,7 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     ready = vmem.sems.table.at[0]
     start(hbm.table, vmem.books.mine, ready)
     wait(hbm.table, ready)
-    me = vmem.books.mine[0, Table.ME]
+    me = vmem.books.mine[Table.ME]
     scatter = Scatter(problem, plan, me, hbm, vmem)
     visits = Visits(problem, plan, me, hbm, vmem)
     combine = Combine(problem, plan, me, hbm, vmem)
@@ -85,7 +85,7 @@ def fused_moe_kernel(
     back = (problem.slots * problem.num_tokens, problem.rows_back.row_words)
     outputs = [
         like(tokens.shape, tokens.dtype),
-        like((problem.num_devices, problem.table.width), jnp.int32),
+        like((problem.num_devices * problem.table.width,), jnp.int32),
         like((rows, problem.rows_out.row_words), jnp.uint32),
         like(back, jnp.uint32),
         like((min(plan.partials, rows), problem.hidden), jnp.float32),

@@ -27,12 +27,12 @@ IO_DEPTH = 4  # blocks of ROWS tokens or outputs on their way
 class Operands(NamedTuple):
     """Arrays in HBM."""
 
-    table: Ref  # [1, table width] i32, of this device
+    table: Ref  # [table width] i32, of this device
     tails: Ref  # [T, 128] i32
     tokens: Ref  # [T, hidden]
     weights: Weights  # [E_l, ...]; scales and biases [E_l, B, width]
     output: Ref  # [T, hidden]
-    tables: Ref  # [n, table width] i32, of all devices
+    tables: Ref  # [n * table width] i32, of all devices
     received: Ref  # [n * T, row words] u32; row s * T + t is token t of device s
     returned: Ref  # [slots * T, row words] u32; row j * T + t is what slot j brought token t
     partials: Ref  # [partials, hidden] f32, of tokens between two experts of this device
@@ -49,8 +49,8 @@ class Slices(NamedTuple):
 class Books(NamedTuple):
     """Scalars; M = plan.tile."""
 
-    mine: Ref  # [1, table width] the table of this device
-    tables: Ref  # [n, table width]
+    mine: Ref  # [table width] the table of this device
+    tables: Ref  # [n * table width]
     visit_expert: Ref  # [visits]
     visit_row: Ref  # [visits] which of the expert's rows comes first
     partial_of: Ref  # [n * T] number of the token among those with several experts here
@@ -125,8 +125,8 @@ class Scratch(NamedTuple):
             down=slices("down"),
             **vmem,
             books=Books(
-                mine=words(1, width),
-                tables=words(problem.num_devices, width),
+                mine=words(width),
+                tables=words(problem.num_devices * width),
                 visit_expert=words(visits),
                 visit_row=words(visits),
                 partial_of=words(rows),
@@ -165,9 +165,7 @@ class Plumbing:
         """The mesh coordinates of a device."""
         coordinates = {}
         for name, size in reversed(self.problem.axes):
-            whole = device // size
-            coordinates[name] = device - whole * size
-            device = whole
+            device, coordinates[name] = divide(device, size)
         return coordinates
 
     def send(self, source: Ref, target: Ref, sent: Ref, received: Ref, device: jax.Array) -> None:
@@ -175,6 +173,10 @@ class Plumbing:
         pltpu.make_async_remote_copy(
             source, target, sent, received, device_id=self.peer(device)
         ).start()
+
+    def entry(self, device: jax.Array, place: Any) -> jax.Array:
+        """A word of a device's table."""
+        return self.vmem.books.tables[device * self.problem.table.width + place]
 
     def enter(self) -> None:
         """Waits until every device is in this kernel, so that its memory may be written."""
@@ -192,6 +194,15 @@ class Plumbing:
         device = self.me + 1 + i
         n = self.problem.num_devices
         return jnp.where(device >= n, device - n, device)
+
+
+def divide(value: Any, by: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of a number that is not negative."""
+    if by & (by - 1):
+        quotient = lax.div(jnp.int32(value), jnp.int32(by))
+    else:
+        quotient = jnp.int32(value) >> (by.bit_length() - 1)
+    return quotient, value - quotient * by
 
 
 def repeat(times: Any, action: Callable[[jax.Array], None]) -> None:

@@ -84,7 +84,8 @@ class Scatter(Plumbing):
 
     def send_tables(self) -> None:
         """Sends the own table to all other devices."""
-        mine = row(self.hbm.tables, self.me)
+        width = self.problem.table.width
+        mine = self.hbm.tables.at[pl.ds(pl.multiple_of(self.me * width, width), width)]
         local, sent, received = (self.vmem.sems.table.at[i] for i in range(3))
         start(self.hbm.table, mine, local)
         wait(self.hbm.table, local)
@@ -100,15 +101,15 @@ class Scatter(Plumbing):
         def segment(expert: jax.Array, device: jax.Array) -> None:
             arrived = self.vmem.sems.arrived.at[expert]
             place = Table.BOUNDS + 2 * (device * here + expert)
-            begin, several, end = (books.mine[0, place + i] for i in range(3))
+            begin, several, end = (books.mine[place + i] for i in range(3))
 
             def send(i: jax.Array) -> None:
-                code = books.mine[0, table.entries + i]
+                code = books.mine[table.entries + i]
                 packed = row(self.hbm.received, first + (code & TOKEN))
                 self.send(packed, packed, self.vmem.sems.sent.at[0], arrived, device)
 
             def send_first(i: jax.Array) -> None:
-                @pl.when(books.mine[0, table.entries + i] & FIRST != 0)
+                @pl.when(books.mine[table.entries + i] & FIRST != 0)
                 def _() -> None:
                     send(i)
 
@@ -128,5 +129,5 @@ class Scatter(Plumbing):
 
     def finish(self) -> None:
         """Waits until the own tokens have left."""
-        sends = self.vmem.books.mine[0, Table.SENDS]
+        sends = self.vmem.books.mine[Table.SENDS]
         wait_rows(self.hbm.received, self.vmem.sems.sent.at[0], sends)

@@ -12,23 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.plan import ExpertShape
-from fused_moe.plumbing import Plumbing, Ref, Slices
+from fused_moe.plumbing import Plumbing, Ref, Slices, divide
 from reference.fused_moe import Weights
 from tpukit.buffers import Index, Stream
-
-
-def divide(value: Index, by: int) -> tuple[jax.Array, jax.Array]:
-    """Quotient and remainder of a number that is not negative."""
-    quotient = (
-        jnp.int32(value) >> (by.bit_length() - 1) if by & (by - 1) == 0 else lax.div(value, by)
-    )
-    return quotient, value - quotient * by
 
 
 @dataclasses.dataclass(frozen=True)
