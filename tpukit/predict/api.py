@@ -72,8 +72,15 @@ def predict(
             traced = jitted.trace(*shaped)
             calls = kernel_calls(traced.jaxpr, jax.tree.leaves(args))
             donated = [leaf.donated for leaf in jax.tree.leaves(traced.args_info)]
-            exported = export.export(jitted, platforms=["tpu"], disabled_checks=[_CUSTOM_CALL])
-            archive.write_bytes(exported(*shaped).serialize())
+            leaves, tree = jax.tree.flatten(shaped)  # trees of any kind, which cannot be serialised
+
+            def flat(*leaves: Any) -> Any:
+                return jax.tree.leaves(jitted(*jax.tree.unflatten(tree, leaves)))
+
+            exported = export.export(
+                jax.jit(flat), platforms=["tpu"], disabled_checks=[_CUSTOM_CALL]
+            )
+            archive.write_bytes(exported(*leaves).serialize())
         answer = aot.compile_and_dump(
             f"{__name__}:load_exported",
             chip,
@@ -96,13 +103,8 @@ def load_exported(
     """Reads a serialised program back: a function of flat arguments, and their shapes."""
     del chip
     exported = export.deserialize(bytearray(Path(path).read_bytes()))
-
-    def call(*leaves: Any) -> Any:
-        args, kwargs = jax.tree.unflatten(exported.in_tree, leaves)
-        return exported.call(*args, **kwargs)
-
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in exported.in_avals)
-    return jax.jit(call, donate_argnums=tuple(donated)), shapes
+    return jax.jit(exported.call, donate_argnums=tuple(donated)), shapes
 
 
 def _kernels(

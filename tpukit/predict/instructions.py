@@ -21,7 +21,7 @@ _SMEM = re.compile(r"^\[smem:\[([^\]]+)\]\](?: |, |$)")
 _NOTE = re.compile(r"^\[resolvable:\$\w+\] |(?<!,) \[#allocation\d+(?:_spill)?\]$")
 _OPERATION = re.compile(r"^(?:(%\S+) = )?([a-z_][\w.\-]*(?:\[\d+\][\w.]*)*(?:<[\w ]+>)?) ?(.*)$")
 _THREAD = re.compile(r"^\[thread:\$\d+\] *")
-_PREDICATE = re.compile(r"^\((!?%\w+|[01])(?:, (%\w+))?\)(?:, |$)")
+_PREDICATE = re.compile(r"^\((!?(?:%\w+|[01]))(?:, (%\w+))?\)(?:, |$)")
 _MATMUL = re.compile(r"^vmatmul\..*?\b(bf16|f32|s8|u8|s4|u4|f8e4m3\w*|f8e5m2\w*|f8)\b.*mxu(\d)$")
 
 # Scalar arithmetic: the Python expression of the result, of 32-bit unsigned values.
@@ -33,6 +33,7 @@ ARITHMETIC = {
     "ssub.u32": "({0} - {1}) & M",
     "smul.u32": "({0} * {1}) & M",
     "smul.s32": "({0} * {1}) & M",
+    "smulhi.u32": "shift_right({0} * {1}, 32, 64)",
     "sand.u32": "{0} & {1}",
     "sor.u32": "{0} | {1}",
     "sxor.u32": "{0} ^ {1}",
@@ -83,7 +84,8 @@ TRANSFERS = {
     "dma.hbm_to_hbm",
     "dma.general",
 }
-_SYNCHRONISATION = {"dma.done.wait", "vsyncadd", "vsyncpa", "vsyncset", "vsyncmov"}
+WAITS = {"dma.done.wait", "vwait.ge"}
+_SYNCHRONISATION = {*WAITS, "vsyncadd", "vsyncpa", "vsyncset", "vsyncmov"}
 _CONTROL = {"sbr.rel", "shalt.err", "sphi"}
 DIVISION = {"sdivrem.u32", "sdivrem.s32"}
 _NOTHING = {"sfence", "compiler-scheduling-barrier", "vdelay", "vnop", "snop", "strace", "vtrace"}
@@ -91,9 +93,9 @@ _DECLARATION = "inlined_call_operand."
 # Families of vector operations, by the first word of the name.
 _VECTOR_NAMES = (
     "vabs vadd vand vbcast vc vceil vcmask vcmp vcombine vcvt vdwg vexp2 vfloor vlaneseq vld "
-    "vllmr vlog2 vmand vmatmul vmatprep vmatpush vmatpush1 vmatpush2 vmatpush3 vmatres vmax "
-    "vmin vmmov vmneg vmor vmov vmpackc vmul vmxor vnez vor vpack vperm vpop vpow2 vpush vrcp "
-    "vreduce vrot vround vrsqrt vsel vset vshll vshra vshrl vsort vst vstv vsub vtanh vtrunc "
+    "vllmr vlog2 vmand vmatmul vmatprep vmatpush vmatpush1 vmatpush2 vmatpush3 vmatres vmax vmaxabs "
+    "vmin vmmov vmneg vmor vmov vmovacc vmpackc vmul vmxor vnez vor vpack vperm vpop vpow2 vpush vrcp "
+    "vreduce vrot vround vrsqrt vsel vset vshll vshra vshrl vsigshft vsort vst vstv vsub vtanh vtrunc "
     "vunpack vweird vxor vxpose"
 )
 _VECTOR = frozenset(_VECTOR_NAMES.split())
@@ -247,4 +249,6 @@ def value(text: str) -> str:
         return str(int(text.removeprefix("$"), 0))
     if _TOKEN.match(text):
         return repr(text)
+    if text in ("!0", "!1"):
+        return str(text == "!0")
     raise ValueError(repr(text))

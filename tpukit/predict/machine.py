@@ -25,7 +25,10 @@ from tpukit.predict.values import MASK, UNKNOWN, Unpredictable, known
 
 MAX_TRANSFER_BYTES = 1 << 30
 _WORD = 4
+_GRANULE_WORDS = GRANULE_BYTES // _WORD
 _APART = 1024  # granules between operands
+_PLAIN_FIELDS = 4  # of a transfer without strides: source, granules, destination, semaphore
+_GENERAL_FIELDS = 8  # of a general one, the address of its strides among them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,9 @@ class Machine:
             transfers=collections.Counter(),
         )
         self.spans: list[Span] | None = None
-        self.scalars: list[tuple[int, np.ndarray]] = []
+        self.words: dict[int, tuple[int, ...]] = {}  # known contents of HBM, by granule
+        self.holding: dict[int, int] = {}  # end of each operand that holds some, by its begin
+        self.ends: dict[int, int] = {}  # end of each operand in HBM, by its begin
         self._units: tuple[tuple[int, ...], ...] = ((),) * rates.mxus
         self._stalls: dict[Any, tuple[int, tuple[tuple[int, ...], ...]]] = {}
         self._costs = [
@@ -121,10 +126,13 @@ class Machine:
             granules = -(-operand.size // GRANULE_BYTES)
             self._next[one.space] = begin + -(-granules // _APART) * _APART + _APART
             value = begin * GRANULE_BYTES // self._address_bytes[one.space]
+            self.ends[begin] = begin + granules
             if words is not None and one.space == "smem":
                 self.mem.update(enumerate(map(int, words), start=value))
             elif words is not None:
-                self.scalars.append((begin, words))
+                padded = np.pad(words, (0, -len(words) % _GRANULE_WORDS)).reshape(-1, _GRANULE_WORDS)
+                self.holding[begin] = begin + granules
+                self.words.update(enumerate(map(tuple, padded.tolist()), start=begin))
         self.s[int(one.register[2:-1])] = value
 
     def run(self, limit: int = 1 << 40) -> int:
@@ -206,10 +214,7 @@ class Machine:
         direction = opcode.removeprefix("dma.")
         if direction == "general":
             direction = f"{_space(source)}_to_{_space(destination)}"
-        if direction.endswith("to_smem"):
-            self._copy_scalars(source, destination, size // _WORD)
-        elif self.scalars:
-            self._forget(destination, granules)
+        self._move_words(source, granules, destination, fields, direction)
         through_hbm = "hbm" in direction
         rates = self.rates
         if through_hbm:
@@ -228,26 +233,44 @@ class Machine:
         if self.spans is not None:
             self.spans.append(Span(direction, int(begin), int(done), f"{size} bytes at {place:#x}"))
 
-    def _copy_scalars(self, source: int, destination: int, words: int) -> None:
-        """Puts the words that a DMA brings into SMEM, as far as they are known."""
-        part: np.ndarray | tuple[()] = ()
-        for start, values in self.scalars:
-            offset = (source - start) * (GRANULE_BYTES // _WORD)
-            if 0 <= offset < len(values):
-                part = values[offset : offset + words]
-        self.mem.update(enumerate(map(int, part), start=destination))
-        for word in range(destination + len(part), destination + words):
-            self.mem.pop(word, None)
+    def _move_words(
+        self, source: int, granules: int, destination: int, fields: tuple[Any, ...], direction: str
+    ) -> None:
+        """Moves what is known of the data with it: into SMEM, or from place to place in HBM."""
+        if direction.endswith("to_smem"):
+            known_part = (self.words.get(source + i) for i in range(granules))
+            for i, words in enumerate(known_part):
+                place = destination + i * _GRANULE_WORDS
+                for word in range(_GRANULE_WORDS):
+                    if words is None:
+                        self.mem.pop(place + word, None)
+                    else:
+                        self.mem[place + word] = words[word]
+        elif direction == "hbm_to_hbm" and self._contiguous(fields):
+            self.receive(destination, [self.words.get(source + i) for i in range(granules)])
+        elif direction.endswith("to_hbm"):
+            self._forget(destination, granules)
+
+    def _contiguous(self, fields: tuple[Any, ...]) -> bool:
+        """Whether a transfer has no strides: no further fields, or an empty descriptor."""
+        return len(fields) <= _PLAIN_FIELDS or (
+            len(fields) == _GENERAL_FIELDS and fields[5] not in self.mem
+        )
+
+    def receive(self, destination: int, contents: list[tuple[int, ...] | None]) -> None:
+        """Known and unknown granules arrive in HBM."""
+        if any(words is not None for words in contents):
+            begin = max(begin for begin in self.ends if begin <= destination)
+            self.holding[begin] = self.ends[begin]
+        self._forget(destination, len(contents))
+        known_part = enumerate(contents, start=destination)
+        self.words.update((place, words) for place, words in known_part if words is not None)
 
     def _forget(self, destination: int, granules: int) -> None:
         """Data that the replay does not have overwrites what it knew of an operand."""
-        end = destination + granules
-        per_granule = GRANULE_BYTES // _WORD
-        self.scalars = [
-            (start, values)
-            for start, values in self.scalars
-            if end <= start or start + -(-len(values) // per_granule) <= destination
-        ]
+        for begin, end in self.holding.items():
+            for place in range(max(begin, destination), min(end, destination + granules)):
+                self.words.pop(place, None)
 
     def wait(self, place: int, flag: int, amount: int) -> None:
         """Waits until the semaphore has the amount; does not take it."""

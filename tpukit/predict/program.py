@@ -193,7 +193,7 @@ class _Writer:
             if "remote" in one.comment:
                 self._fail(address, "a transfer to another device")
             line = f"m.transfer({opcode!r}, {address}, {args})"
-        elif opcode == "dma.done.wait":
+        elif opcode in instructions.WAITS:
             line = f"m.wait({address}, {args})"
         elif opcode in ("vsyncadd", "vsyncpa", "vsyncset"):
             line = f"m.{opcode}({args})"

@@ -75,11 +75,11 @@ def shift_left(value: Any, by: Any) -> Any:
     return value << by & MASK if by < 32 else 0
 
 
-def shift_right(value: Any, by: Any) -> Any:
-    """Logical shift; all bits are lost from 32 on."""
+def shift_right(value: Any, by: Any, width: int = 32) -> Any:
+    """Logical shift; all bits are lost from `width` on."""
     if value is UNKNOWN or by is UNKNOWN:
         return UNKNOWN
-    return value >> by if by < 32 else 0
+    return value >> by if by < width else 0
 
 
 def shift_signed(value: Any, by: Any) -> Any:
