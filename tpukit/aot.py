@@ -211,6 +211,21 @@ def compile_for(
     )
 
 
+def devices(chip: str, topology: str | None = None) -> tuple[Any, ...]:
+    """The devices of a topology, the chip's smallest unless given; none of them need exist."""
+    return _devices(chip, topology or chips.chip(chip).topology)
+
+
+def traced_for(fn: Any, args: Any, chip: str, options: Mapping[str, Any]) -> Any:
+    """What `compile_for` would lower, traced: arguments and options are the same."""
+    here = devices(chip, options.get("topology"))
+    axes = options.get("mesh_axes")
+    mesh = _mesh(here, axes)
+    shaped = _with_shardings(args, mesh, here, axes, options.get("in_specs"))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return fn.trace(*shaped)
+
+
 @contextlib.contextmanager
 def as_if_on(chip: str) -> Iterator[None]:
     """Lets code that asks for the TPU's figures (`pltpu.get_tpu_info`) see those of `chip`."""

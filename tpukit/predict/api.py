@@ -91,9 +91,9 @@ def predict(
         )
         ops = hlo.parse(answer["hlo"])
         kernels = _kernels(folder, ops, calls, constants, spans)
-        glue = _glue(folder, ops, constants)
+        around = glue(folder, ops, constants)
     return Prediction(
-        chip=constants.chip, kernels=tuple(kernels), glue=tuple(glue), versions=answer["versions"]
+        chip=constants.chip, kernels=tuple(kernels), glue=tuple(around), versions=answer["versions"]
     )
 
 
@@ -119,14 +119,14 @@ def _kernels(
     for op in ops:
         if not op.kernel or op.core != "tensorcore":
             continue
-        operands = _operands(op, _take(waiting, op))
+        steered = operands(op, take(waiting, op))
         dump = _dump_of(folder, op, ops) or op.name
-        one = replay(folder, dump, operands, constants, spans=spans)
+        one = replay(folder, dump, steered, constants, spans=spans)
         found += [one] * op.repeats
     return found
 
 
-def _take(waiting: list[KernelCall], op: hlo.Op) -> KernelCall:
+def take(waiting: list[KernelCall], op: hlo.Op) -> KernelCall:
     """The call that became this kernel: the first of its name, or without one, that is left."""
     base = re.sub(r"[^\w]", "_", re.sub(r"\.\d+$", "", op.name))
     for call in waiting:
@@ -140,7 +140,7 @@ def _take(waiting: list[KernelCall], op: hlo.Op) -> KernelCall:
     )
 
 
-def _operands(op: hlo.Op, call: KernelCall) -> dict[int, Operand]:
+def operands(op: hlo.Op, call: KernelCall) -> dict[int, Operand]:
     """Sizes of all operands; values of those that can be scalars and are known."""
     found = {}
     for index, (shape, value) in enumerate(zip(op.operands, call.operands, strict=True)):
@@ -208,7 +208,7 @@ def _dump_of(folder: Path, op: hlo.Op, ops: Sequence[hlo.Op]) -> str | None:
     return next((one.name for one in equal if dumps.exists(folder, one.name)), None)
 
 
-def _glue(folder: Path, ops: Sequence[hlo.Op], constants: Rates) -> list[GluePrediction]:
+def glue(folder: Path, ops: Sequence[hlo.Op], constants: Rates) -> list[GluePrediction]:
     constants = dataclasses.replace(constants, bandwidth=constants.xla_bandwidth)
     found = []
     done: dict[str, float | None] = {}
@@ -217,15 +217,15 @@ def _glue(folder: Path, ops: Sequence[hlo.Op], constants: Rates) -> list[GluePre
             continue
         dump = _dump_of(folder, op, ops) if op.core == "tensorcore" else None
         if dump is not None and dump not in done:
-            done[dump] = _replayed_glue(folder, dump, op, constants)
+            done[dump] = _replayedglue(folder, dump, op, constants)
         milliseconds, how = done.get(dump) if dump else None, "replayed"
         if milliseconds is None:
-            milliseconds, how = _estimated_glue(op, constants)
+            milliseconds, how = _estimatedglue(op, constants)
         found.append(GluePrediction(op.name, op.opcode, op.core, milliseconds * op.repeats, how))
     return found
 
 
-def _replayed_glue(folder: Path, dump: str, op: hlo.Op, constants: Rates) -> float | None:
+def _replayedglue(folder: Path, dump: str, op: hlo.Op, constants: Rates) -> float | None:
     """Milliseconds of one of XLA's operations; None where its course depends on data."""
     sizes = [shape.size for shape in (*op.operands, *op.results)]
     operands = {index: Operand(size=max(size, 512)) for index, size in enumerate(sizes)}
@@ -236,7 +236,7 @@ def _replayed_glue(folder: Path, dump: str, op: hlo.Op, constants: Rates) -> flo
         return None
 
 
-def _estimated_glue(op: hlo.Op, constants: Rates) -> tuple[float, str]:
+def _estimatedglue(op: hlo.Op, constants: Rates) -> tuple[float, str]:
     """Milliseconds without a replay, and by whose estimate."""
     if op.estimate is not None and op.core == "tensorcore":
         return op.estimate / (constants.clock.value * 1e6), "compiler"

@@ -85,7 +85,7 @@ TRANSFERS = {
     "dma.general",
 }
 WAITS = {"dma.done.wait", "vwait.ge"}
-_SYNCHRONISATION = {*WAITS, "vsyncadd", "vsyncpa", "vsyncset", "vsyncmov"}
+_SYNCHRONISATION = {*WAITS, "vsyncadd", "vsyncadd.remote", "vsyncpa", "vsyncset", "vsyncmov"}
 _CONTROL = {"sbr.rel", "shalt.err", "sphi"}
 DIVISION = {"sdivrem.u32", "sdivrem.s32"}
 _NOTHING = {"sfence", "compiler-scheduling-barrier", "vdelay", "vnop", "snop", "strace", "vtrace"}

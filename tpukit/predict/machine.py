@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ _WORD = 4
 _GRANULE_WORDS = GRANULE_BYTES // _WORD
 _APART = 1024  # granules between operands
 _PLAIN_FIELDS = 4  # of a transfer without strides: source, granules, destination, semaphore
+OVERRIDES, REMOTE = 6, 1 << 14  # a general one's word that names a device; the semaphore's mark
 _GENERAL_FIELDS = 8  # of a general one, the address of its strides among them
 
 
@@ -130,7 +132,9 @@ class Machine:
             if words is not None and one.space == "smem":
                 self.mem.update(enumerate(map(int, words), start=value))
             elif words is not None:
-                padded = np.pad(words, (0, -len(words) % _GRANULE_WORDS)).reshape(-1, _GRANULE_WORDS)
+                padded = np.pad(words, (0, -len(words) % _GRANULE_WORDS)).reshape(
+                    -1, _GRANULE_WORDS
+                )
                 self.holding[begin] = begin + granules
                 self.words.update(enumerate(map(tuple, padded.tolist()), start=begin))
         self.s[int(one.register[2:-1])] = value
@@ -208,30 +212,41 @@ class Machine:
                 strict=False,
             )
         )
+        if len(fields) > OVERRIDES and flag & REMOTE:
+            raise self._error(place, "a transfer to another device")
         size = granules * GRANULE_BYTES
         if size > MAX_TRANSFER_BYTES:
             raise self._error(place, f"a transfer of {size} bytes")
         direction = opcode.removeprefix("dma.")
         if direction == "general":
-            direction = f"{_space(source)}_to_{_space(destination)}"
+            direction = f"{space(source)}_to_{space(destination)}"
         self._move_words(source, granules, destination, fields, direction)
         through_hbm = "hbm" in direction
         rates = self.rates
         if through_hbm:
-            begin = max(self.now, self.hbm_free)
-            self.hbm_free = begin + rates.hbm_cycles(size)
+            begin = self.occupy_hbm(size)
             done = self.hbm_free + rates.hbm_latency
-            self.totals.hbm_busy += self.hbm_free - begin
         else:
             begin = max(self.now, self.local_free)
             self.local_free = begin + rates.local_cycles(size)
             done = self.local_free + rates.local_latency_cycles
         self.totals.moved[direction] += size
         self.totals.transfers[direction] += 1
-        self.count += 1
-        heapq.heappush(self.pending, (int(-(-done // 1)), self.count, flag, granules))
+        self.complete_at(done, flag, granules)
         if self.spans is not None:
             self.spans.append(Span(direction, int(begin), int(done), f"{size} bytes at {place:#x}"))
+
+    def occupy_hbm(self, size: int) -> float:
+        """Takes a turn on HBM for so many bytes; returns when it begins."""
+        begin = max(self.now, self.hbm_free)
+        self.hbm_free = begin + self.rates.hbm_cycles(size)
+        self.totals.hbm_busy += self.hbm_free - begin
+        return begin
+
+    def complete_at(self, done: float, flag: int, granules: int) -> None:
+        """Something will be added to a semaphore."""
+        self.count += 1
+        heapq.heappush(self.pending, (math.ceil(done), self.count, flag, granules))
 
     def _move_words(
         self, source: int, granules: int, destination: int, fields: tuple[Any, ...], direction: str
@@ -246,12 +261,12 @@ class Machine:
                         self.mem.pop(place + word, None)
                     else:
                         self.mem[place + word] = words[word]
-        elif direction == "hbm_to_hbm" and self._contiguous(fields):
+        elif direction == "hbm_to_hbm" and self.plain(fields):
             self.receive(destination, [self.words.get(source + i) for i in range(granules)])
         elif direction.endswith("to_hbm"):
             self._forget(destination, granules)
 
-    def _contiguous(self, fields: tuple[Any, ...]) -> bool:
+    def plain(self, fields: tuple[Any, ...]) -> bool:
         """Whether a transfer has no strides: no further fields, or an empty descriptor."""
         return len(fields) <= _PLAIN_FIELDS or (
             len(fields) == _GENERAL_FIELDS and fields[5] not in self.mem
@@ -278,15 +293,19 @@ class Machine:
         self._complete()
         before = self.now
         while self.flags[flag] < amount:
-            if not self.pending:
-                what = f"waits for {amount} on a semaphore that has {self.flags[flag]}, for ever"
-                raise self._error(place, what)
-            self._finish()
+            what = f"waits for {amount} on a semaphore that has {self.flags[flag]}, for ever"
+            self.next_event(place, what)
         if self.now > before:
             self.totals.stalls["dma", place] += self.now - before
             self._units = self._aged(self._units, self.now - before)
             if self.spans is not None:
                 self.spans.append(Span("waits", before, self.now, f"{place:#x}"))
+
+    def next_event(self, place: int, what: str) -> None:
+        """Waits for the next completion."""
+        if not self.pending:
+            raise self._error(place, what)
+        self._finish()
 
     def _finish(self) -> None:
         """Lets the next transfer complete, at its time or now if that is past."""
@@ -304,6 +323,11 @@ class Machine:
         amount = known(amount, "an amount")
         signed = amount - (MASK + 1) if amount > MASK // 2 else amount
         self.flags[known(flag, "a semaphore")] += signed
+
+    def vsyncadd_remote(self, flag: int, amount: int) -> None:
+        """Adds to a semaphore of another device."""
+        del flag, amount
+        raise self._error(None, "a signal to another device")
 
     def vsyncpa(self, flag: int, value: int) -> None:
         """Sets a semaphore."""
@@ -329,7 +353,7 @@ class Machine:
         return ReplayError(kernel=self.program.name, address=address, what=what)
 
 
-def _space(address: int) -> str:
+def space(address: int) -> str:
     if address >= HBM_BASE:
         return "hbm"
     return "smem" if address >= SMEM_BASE else "vmem"

@@ -190,13 +190,11 @@ class _Writer:
         """Statements for what takes time or changes a semaphore; they read before all writes."""
         opcode, args = one.opcode, ", ".join(one.operands)
         if opcode in instructions.TRANSFERS:
-            if "remote" in one.comment:
-                self._fail(address, "a transfer to another device")
             line = f"m.transfer({opcode!r}, {address}, {args})"
         elif opcode in instructions.WAITS:
             line = f"m.wait({address}, {args})"
-        elif opcode in ("vsyncadd", "vsyncpa", "vsyncset"):
-            line = f"m.{opcode}({args})"
+        elif opcode in ("vsyncadd", "vsyncadd.remote", "vsyncpa", "vsyncset"):
+            line = f"m.{opcode.replace('.', '_')}({args})"
         elif opcode == "vsyncmov":
             line = f"m.tokens[{one.token!r}] = m.flag({args})"
         elif opcode in instructions.DIVISION:

@@ -1,0 +1,192 @@
+"""Predicts the time of a program on the devices of a mesh that is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tpukit import aot, chips, dumps, errors, listing
+from tpukit.predict import api, hlo, program
+from tpukit.predict.cluster import Cluster
+from tpukit.predict.links import Links, grid_of, link_rates
+from tpukit.predict.machine import Operand
+from tpukit.predict.rates import rates
+from tpukit.predict.report import GluePrediction, KernelPrediction, summarise
+from tpukit.predict.scalars import kernel_calls
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshPrediction:
+    """A predicted run of a program with one kernel on the devices of a mesh.
+
+    Attributes:
+      chip, wraps: what it was predicted for.
+      kernels: the kernel on each device.
+      glue: what XLA runs beside it, the same on all devices.
+      links_milliseconds: how long the busiest link carries messages.
+      alone_milliseconds: the kernel's time if messages took no time.
+      temp_bytes: of HBM that a device needs besides arguments and outputs.
+      versions: of jax and libtpu.
+    """
+
+    chip: str
+    wraps: bool
+    kernels: tuple[KernelPrediction, ...]
+    glue: tuple[GluePrediction, ...]
+    links_milliseconds: float
+    alone_milliseconds: float
+    temp_bytes: int
+    versions: Mapping[str, str]
+
+    @property
+    def kernel_milliseconds(self) -> float:
+        """Until the last device is done."""
+        return max(kernel.milliseconds for kernel in self.kernels)
+
+    @property
+    def glue_milliseconds(self) -> float:
+        """Of what XLA runs beside the kernel."""
+        return sum(op.milliseconds for op in self.glue)
+
+    @property
+    def milliseconds(self) -> float:
+        """Of the whole program."""
+        return self.kernel_milliseconds + self.glue_milliseconds
+
+    @property
+    def hidden(self) -> float:
+        """Share of the links' time that passes while devices compute."""
+        if not self.links_milliseconds:
+            return 1.0
+        shown = self.kernel_milliseconds - self.alone_milliseconds
+        return 1 - min(max(shown / self.links_milliseconds, 0.0), 1.0)
+
+    def __str__(self) -> str:
+        slowest = max(self.kernels, key=lambda kernel: kernel.milliseconds)
+        sent = max(kernel.moved.get("to other devices", 0) for kernel in self.kernels)
+        return (
+            f"predicted {self.milliseconds:.3f} ms on {len(self.kernels)} devices of {self.chip} "
+            f"({'torus' if self.wraps else 'mesh'}): kernel {self.kernel_milliseconds:.3f}, "
+            f"around it {self.glue_milliseconds:.3f}; without links "
+            f"{self.alone_milliseconds:.3f}, busiest link {self.links_milliseconds:.3f}, "
+            f"{self.hidden:.0%} hidden; sent at most {sent / 1e6:.1f} MB by a device; slowest "
+            f"device: HBM {slowest.use['hbm']:.0%}, MXU {slowest.use['mxu']:.0%}, "
+            f"bundles {slowest.bundles / slowest.cycles:.0%} of {slowest.cycles} cycles"
+        )
+
+
+def predict_mesh(
+    target: str,
+    chip: str,
+    *,
+    wraps: bool = False,
+    spans: Sequence[int] = (),
+    timeout: float = 600.0,
+    **kwargs: Any,
+) -> MeshPrediction:
+    """Predicts a program that runs one kernel on every device of a mesh.
+
+    All devices replay the kernel's final schedule together, each with its own scalars; messages
+    between them share the links of `tpukit.predict.links`.
+
+    Args:
+      target: "package.module:function", as for `aot.static_report`; the function returns
+        `(fn, args, options)` whose options have `mesh_axes`. Arguments whose values steer the
+        kernel are arrays, whole ones; the others are shapes.
+      chip: a name in `tpukit.predict.links.LINK_RATES`.
+      wraps: whether the ends of dimensions longer than two are linked.
+      spans: the devices for which to keep what happened when.
+      timeout: seconds the compilation may take.
+      **kwargs: plain values for the function.
+
+    Raises:
+      ArgumentError, UnsupportedError: no such chip, constants that are not known, more than one
+        kernel or none.
+      KernelResourceError, KernelCompileError, ToolchainError, ListingError, ReplayError: as
+        `predict` does.
+    """
+    constants, links = rates(chip), link_rates(chip)
+    fn, args, options = _built(target, chip, kwargs)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        answer = aot.compile_and_dump(target, chip, folder, timeout=timeout, **kwargs)
+        ops = hlo.parse(answer["hlo"])
+        kernels = [op for op in ops if op.kernel and op.core == "tensorcore"]
+        if len(kernels) != 1:
+            raise errors.ArgumentError(
+                where="predict_mesh",
+                argument="target",
+                got=f"is {target!r} with {len(kernels)} kernels",
+                expected="a program with one kernel",
+            )
+        dump = dumps.read(folder, kernels[0].name, chips.chip(chip))
+        operands = _operands_of_devices(kernels[0], fn, args, chip, options)
+        glue = api.glue(folder, ops, constants)
+    with aot.as_if_on(chip):
+        grid = grid_of(aot.devices(chip, options.get("topology"))[: len(operands)], wraps)
+    translated = program.load(dump)
+
+    def replay(speed: float, spans: Sequence[int]) -> Cluster:
+        network = Links(grid, links, constants.clock.value, speed)
+        cluster = Cluster(translated, constants, operands, network, spans)
+        cluster.run()
+        return cluster
+
+    cluster, alone = replay(1.0, spans), replay(1e6, ())
+    parsed = listing.parse_kernel(dump)
+    reports = [summarise(one, constants, dump.slots, parsed) for one in cluster.members]
+    per_ms = constants.clock.value * 1e6
+    return MeshPrediction(
+        chip=constants.chip,
+        wraps=wraps,
+        kernels=tuple(reports),
+        glue=tuple(glue),
+        links_milliseconds=max(cluster.links.busy.values(), default=0.0) / per_ms,
+        alone_milliseconds=max(one.now for one in alone.members) / per_ms,
+        temp_bytes=answer["temp_bytes"],
+        versions=answer["versions"],
+    )
+
+
+def _built(target: str, chip: str, kwargs: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """What the target function returns."""
+    module, _, name = target.partition(":")
+    with aot.as_if_on(chip):
+        fn, args, *rest = getattr(importlib.import_module(module), name)(chip=chip, **kwargs)
+    options = dict(rest[0]) if rest else {}
+    if "mesh_axes" not in options:
+        raise errors.ArgumentError(
+            where="predict_mesh",
+            argument="target",
+            got=f"is {target!r}, whose options are {sorted(options)}",
+            expected="options with mesh_axes",
+        )
+    return fn, args, options
+
+
+def _operands_of_devices(
+    op: hlo.Op, fn: Any, args: Any, chip: str, options: dict[str, Any]
+) -> list[dict[int, Operand]]:
+    """Sizes of the kernel's operands, and values of scalars, on each device."""
+    traced = aot.traced_for(fn, args, chip, options)
+    leaves = jax.tree.leaves(args)
+    found = []
+    for place in _places(options["mesh_axes"]):
+        calls = kernel_calls(traced.jaxpr, leaves, place)
+        found.append(api.operands(op, api.take(calls, op)))
+    return found
+
+
+def _places(axes: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """The index along each axis of every device, in order."""
+    for number in range(math.prod(axes.values())):
+        index = np.unravel_index(number, tuple(axes.values()))
+        yield dict(zip(axes, map(int, index), strict=True))
