@@ -372,7 +372,7 @@ def split(problem: Problem) -> tuple[Problem, int]:
     while True:
         tokens = round_up(-(-problem.num_tokens // calls), ROWS)
         part = dataclasses.replace(problem, num_tokens=tokens)
-        words = (part.num_devices + 1) * part.table.width + part.num_devices * tokens
+        words = part.num_devices * (part.table.width + tokens) + part.table.own_width
         if words <= SMEM_WORDS or tokens == ROWS:
             return part, calls
         calls += 1

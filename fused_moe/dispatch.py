@@ -67,8 +67,23 @@ class Table:
 
     @property
     def width(self) -> int:
-        """Words in all, whole tiles of an array of one dimension."""
+        """Words that other devices need, whole tiles of an array of one dimension."""
         return round_up(self.entries + self.num_entries, WORDS)
+
+    @property
+    def send_keys(self) -> int:
+        """[num_entries] what leaves, in order: expert there * devices + way to its device - 1."""
+        return self.width
+
+    @property
+    def send_tokens(self) -> int:
+        """[num_entries] the tokens of these."""
+        return self.send_keys + self.num_entries
+
+    @property
+    def own_width(self) -> int:
+        """Words in all."""
+        return round_up(self.send_tokens + self.num_entries, WORDS)
 
 
 def same(values: jax.Array) -> jax.Array:
@@ -90,7 +105,7 @@ def describe(
       me: index of this device.
 
     Returns:
-      The table [width] int32 (see `Table`) and the tails [T, 128] int32.
+      The table [own_width] int32 (see `Table`) and the tails [T, 128] int32.
     """
     num_tokens, top_k = expert_ids.shape
     layout = Table(num_experts, num_tokens * top_k)
@@ -116,8 +131,15 @@ def describe(
     away = device != me
     counts = jnp.stack([jnp.sum(first & away), jnp.sum(last & away), jnp.asarray(me)])
     head = jnp.concatenate([counts, bounds, firsts])
-    table = jnp.concatenate([head, codes])
-    table = jnp.pad(table, (0, layout.width - table.size))
+    shared = jnp.concatenate([head, codes])
+    shared = jnp.pad(shared, (0, layout.width - shared.size))
+
+    way = (device - me - 1) % num_devices
+    send_key = experts % (num_experts // num_devices) * num_devices + way
+    send_key = jnp.where(first & away, send_key, num_experts)
+    sends = lax.sort((send_key.ravel(), jnp.broadcast_to(token, experts.shape).ravel()), num_keys=1)
+    table = jnp.concatenate([shared, *sends])
+    table = jnp.pad(table, (0, layout.own_width - table.size))
 
     weights = jnp.where(known, expert_weights, 0.0)
     fields = [expert_ids, lax.bitcast_convert_type(weights, jnp.int32), last]

@@ -318,9 +318,8 @@ class Visits(Rings):
     def start_first(self, experts: tuple[Experts, ...]) -> None:
         """Fills the rings with the first slices of all, as far as they belong to these experts."""
         for names in (("gate", "up"), ("down",)):
-            for expert in experts:
-                stream = self.stream(expert, names)
-                repeat(self.plan.depth, stream.start)
+            for one in experts:
+                repeat(self.plan.depth, self.stream(one, names).start)
 
     def each_slice(
         self,

@@ -38,12 +38,12 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     visits = Visits(problem, plan, me, hbm, vmem)
     combine = Combine(problem, plan, me, hbm, vmem)
 
-    visits.start_first(visits.experts[:-1])
     scatter.pack_tokens()
     if problem.num_devices > 1:
         scatter.enter()
     scatter.send_tables()
     scatter.send_tokens()
+    visits.start_first(visits.experts[:-1])
     scatter.receive_tables()
     visits.list_visits()
     visits.start_first(visits.experts[-1:])

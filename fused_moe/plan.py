@@ -230,7 +230,7 @@ def scalars(problem: Problem, plan: Plan) -> int:
     """32-bit words of SMEM that the tables and the lists take."""
     n = problem.num_devices
     lists = 2 * plan.visits(problem) + n * problem.num_tokens + 4 * plan.tile + 4 * n
-    return (n + 1) * problem.table.width + lists
+    return n * problem.table.width + problem.table.own_width + lists
 
 
 def hbm_bytes(problem: Problem, plan: Plan) -> int:
@@ -304,6 +304,19 @@ def expected_partials(problem: Problem) -> int:
     return min(rows, round_up(int(2 * rows * several) + 256, ROWS))
 
 
+# Columns of gate and up, columns of down, buffers of each: the first that fits. Deep rings keep HBM
+# busy while rows are being gathered and sent.
+SLICES = (
+    (512, 1024, 4),
+    (256, 1024, 4),
+    (512, 1024, 2),
+    (256, 1024, 2),
+    (256, 512, 2),
+    (128, 512, 2),
+    (128, 256, 2),
+)
+
+
 def model(problem: Problem, chip: Chip) -> Plan:
     """The cost model: tiles for an expert's expected rows, then the longest slices that fit.
 
@@ -314,11 +327,12 @@ def model(problem: Problem, chip: Chip) -> Plan:
     tiles = [size for size in (256, 128, 64) if size == 64 or rows > size / 2]
     inter = functools.reduce(math.gcd, [shape.inter for shape in problem.shapes])
     for tile in tiles:
-        for up, down in ((512, 1024), (256, 1024), (256, 512), (128, 512), (128, 256)):
+        for up, down, depth in SLICES:
             plan = Plan(
                 tile=tile,
                 inter_slice=divisors(inter, up)[0],
                 hidden_slice=divisors(problem.hidden, down)[0],
+                depth=depth,
                 partials=expected_partials(problem),
             )
             if fits(problem, plan, chip):

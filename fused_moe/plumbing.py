@@ -27,7 +27,7 @@ IO_DEPTH = 4  # blocks of ROWS tokens or outputs on their way
 class Operands(NamedTuple):
     """Arrays in HBM."""
 
-    table: Ref  # [table width] i32, of this device
+    table: Ref  # [own table width] i32, of this device
     tails: Ref  # [T, 128] i32
     tokens: Ref  # [T, hidden]
     weights: Weights  # [E_l, ...]; scales and biases [E_l, B, width]
@@ -49,7 +49,7 @@ class Slices(NamedTuple):
 class Books(NamedTuple):
     """Scalars; M = plan.tile."""
 
-    mine: Ref  # [table width] the table of this device
+    mine: Ref  # [own table width] the table of this device
     tables: Ref  # [n * table width]
     visit_expert: Ref  # [visits]
     visit_row: Ref  # [visits] which of the expert's rows comes first
@@ -125,7 +125,7 @@ class Scratch(NamedTuple):
             down=slices("down"),
             **vmem,
             books=Books(
-                mine=words(width),
+                mine=words(problem.table.own_width),
                 tables=words(problem.num_devices * width),
                 visit_expert=words(visits),
                 visit_row=words(visits),

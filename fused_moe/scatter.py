@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fused_moe.dispatch import FIRST, TOKEN, Table
+from fused_moe.dispatch import Table
 from fused_moe.plan import ROWS
 from fused_moe.plumbing import (
     IO_DEPTH,
     Plumbing,
     Ref,
+    divide,
     each,
     repeat,
     row,
@@ -87,43 +88,34 @@ class Scatter(Plumbing):
         width = self.problem.table.width
         mine = self.hbm.tables.at[pl.ds(pl.multiple_of(self.me * width, width), width)]
         local, sent, received = (self.vmem.sems.table.at[i] for i in range(3))
-        start(self.hbm.table, mine, local)
-        wait(self.hbm.table, local)
+        start(self.hbm.table.at[pl.ds(0, width)], mine, local)
+        wait(mine, local)
         others = self.problem.num_devices - 1
         repeat(others, lambda i: self.send(mine, mine, sent, received, self.other(i)))
 
     def send_tokens(self) -> None:
         """Sends every own token once to each other device that has experts of it."""
-        books, table = self.vmem.books, self.problem.table
+        mine, table = self.vmem.books.mine, self.problem.table
         first = self.me * self.problem.num_tokens
-        here = self.problem.experts_here
 
-        def segment(expert: jax.Array, device: jax.Array) -> None:
+        def send(i: jax.Array) -> None:
+            expert, way = divide(mine[table.send_keys + i], self.problem.num_devices)
+            packed = row(self.hbm.received, first + mine[table.send_tokens + i])
             arrived = self.vmem.sems.arrived.at[expert]
-            place = Table.BOUNDS + 2 * (device * here + expert)
-            begin, several, end = (books.mine[place + i] for i in range(3))
+            self.send(packed, packed, self.vmem.sems.sent.at[0], arrived, self.other(way))
 
-            def send(i: jax.Array) -> None:
-                code = books.mine[table.entries + i]
-                packed = row(self.hbm.received, first + (code & TOKEN))
-                self.send(packed, packed, self.vmem.sems.sent.at[0], arrived, device)
-
-            def send_first(i: jax.Array) -> None:
-                @pl.when(books.mine[table.entries + i] & FIRST != 0)
-                def _() -> None:
-                    send(i)
-
-            each(begin, several, send)
-            repeat(end - several, lambda i: send_first(several + i))
-
-        others = self.problem.num_devices - 1
-        repeat(here, lambda expert: repeat(others, lambda i: segment(expert, self.other(i))))
+        each(jnp.int32(0), mine[Table.SENDS], send)
 
     def receive_tables(self) -> None:
         """Waits for the tables of all devices."""
         tables = self.vmem.sems.table
         for done in (tables.at[1], tables.at[2]):
-            repeat(self.problem.num_devices - 1, lambda _, done=done: wait(self.hbm.table, done))
+            repeat(
+                self.problem.num_devices - 1,
+                lambda _, done=done: wait(
+                    self.hbm.table.at[pl.ds(0, self.problem.table.width)], done
+                ),
+            )
         start(self.hbm.tables, self.vmem.books.tables, tables.at[0])
         wait(self.hbm.tables, tables.at[0])
 

@@ -159,7 +159,9 @@ class _Writer:
             self.lines += [f"        m.check_branches({number})"]
             self.lines += [f"        return {target}"]
         self.lines.append(f"    return {index + 1 if end < len(self.bundles) else END}")
-        return "\n".join(self.lines) + "\n"
+        source = "\n".join(self.lines) + "\n"
+        self._spill(source)
+        return source
 
     def _step(self, end: int) -> None:
         """Ends the segment before bundle `end`."""
@@ -214,7 +216,6 @@ class _Writer:
         stores, targets, results, after = [], [], [], []
         for one in found:
             if one.opcode == "sst":
-                self._spill(one.address)
                 line = f"mem[known({one.address}, 'an address in SMEM')] = {one.operands[0]}"
                 stores.append(f"if {one.predicate}: {line}" if one.predicate else line)
             elif one.target and one.opcode.startswith("int_to_ptr"):
@@ -245,7 +246,6 @@ class _Writer:
 
     def _result(self, one: Instruction) -> str:
         if one.opcode == "sld":
-            self._spill(one.address)
             result = f"mem.get({one.address}, U)"
         elif one.opcode in instructions.POPS:
             result = f"m.tokens.pop({one.operands[0]})"
@@ -257,9 +257,9 @@ class _Writer:
             result = f"select({one.predicate}, {result}, {one.otherwise or one.target})"
         return result
 
-    def _spill(self, address: str) -> None:
+    def _spill(self, source: str) -> None:
         """Gives a place to the spill slots that the table of allocations does not list."""
-        for name in re.findall(r"allocation\d+(?:_spill)?", address):
+        for name in re.findall(r"allocation\d+(?:_spill)?", source):
             if name not in self.addresses:
                 self.addresses[name] = self.spilled
                 self.spilled += 1
