@@ -27,7 +27,7 @@ from tpukit.errors import ArgumentError, UnsupportedError
 
 Implementation = Literal["auto", "pallas", "interpret", "grouped", "reference"]
 SUPPORTED_CHIPS = ("v5e", "v6e", "tpu7x")
-SMEM_WORDS = 3 * 2**16  # that tables may take, of the 2**18 words of every chip
+SMEM_WORDS = 3 * 2**15  # that lists may take, of the 2**18 words of every chip
 
 
 def fused_moe(
@@ -372,7 +372,7 @@ def split(problem: Problem) -> tuple[Problem, int]:
     while True:
         tokens = round_up(-(-problem.num_tokens // calls), ROWS)
         part = dataclasses.replace(problem, num_tokens=tokens)
-        words = part.num_devices * (part.table.width + tokens) + part.table.own_width
+        words = 2 * part.num_devices * tokens + part.layout.own_words
         if words <= SMEM_WORDS or tokens == ROWS:
             return part, calls
         calls += 1
@@ -470,7 +470,7 @@ def launch(
 ) -> jax.Array:
     """Brings the arguments into the kernel's layout and runs it."""
     me = lax.axis_index([name for name, _ in problem.axes]) if problem.axes else 0
-    table, tails = describe(
+    lists, tails = describe(
         expert_ids, expert_weights, problem.num_experts, problem.num_devices, me
     )
     held = dataclasses.replace(with_rows(weights), shared=None)
@@ -478,7 +478,7 @@ def launch(
         shared = with_rows(jax.tree.map(lambda w: w[None], weights.shared))
         held = dataclasses.replace(held, shared=shared)
     return fused_moe_kernel(
-        table, tails, tokens, held, problem=problem, plan=plan, interpret=interpret
+        lists, tails, tokens, held, problem=problem, plan=plan, interpret=interpret
     )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fused_moe.dispatch import LASTS, Table
+from fused_moe.dispatch import LASTS, Layout
 from fused_moe.plan import ROWS
 from fused_moe.plumbing import IO_DEPTH, Plumbing, divide, repeat, rows, start, wait_rows
 from fused_moe.rows import lanes, scale_of
@@ -46,7 +46,7 @@ class Combine(Plumbing):
 
     def run(self) -> None:
         """Waits for the results of other devices and adds up all blocks."""
-        returns = self.vmem.books.mine[Table.RETURNS]
+        returns = self.vmem.books.own[Layout.RETURNS]
         wait_rows(self.hbm.returned, self.vmem.sems.home.at[0], returns)
         brought = self.brought
         repeat(2, brought.start)

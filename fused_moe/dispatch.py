@@ -1,15 +1,15 @@
 """Who goes where: what the kernel has to know about a device's own tokens, in plain JAX.
 
 An entry is one token in one of its slots; it is alone if the token has no other expert on the same
-device. A device's `Table` lists its entries by expert, so that those for one device, and for one
-expert there, are consecutive. Devices exchange tables inside the
-kernel; from them each knows which rows it will receive and where each result belongs.
+device. A device lists its entries by expert, so that those for one device, and for one expert
+there, are consecutive. Inside the kernel every device gets the parts of the lists that are for it,
+and so knows which rows it will receive and where each result belongs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,42 +38,51 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+class Lists(NamedTuple):
+    """What a device knows of its own tokens; see `Layout` for what is where."""
+
+    own: jax.Array  # [own words] for itself
+    heads: jax.Array  # [n * head rows, 128] for each device: where its entries are
+    entries: jax.Array  # [entry rows, 128] entries by expert: those that are alone first
+
+
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """Where a device's table of int32 holds what.
+class Layout:
+    """Where `Lists` hold what.
 
     Attributes:
+      num_devices: that share the experts.
       num_experts: of all devices.
-      num_entries: tokens of the device times top_k.
+      num_tokens: of a device.
+      top_k: slots of a token.
     """
 
+    num_devices: int
     num_experts: int
-    num_entries: int
+    num_tokens: int
+    top_k: int
 
-    SENDS = 0  # rows that leave for another device
-    RETURNS = 1  # rows that come back from one
-    ME = 2  # the device
-    BOUNDS = 3  # [2 * num_experts + 1] first entry of each expert, first of several of each expert
+    ME = 0  # of the own words: the device
+    SENDS = 1  # rows that leave for another device
+    RETURNS = 2  # rows that come back from one
+    SEGMENTS = 3  # [num_devices + 1] first entry for each device
 
-    @property
-    def firsts(self) -> int:
-        """[num_experts] entries of each expert that are the first of their token on its device."""
-        return self.BOUNDS + 2 * self.num_experts + 1
+    BOUNDS = 0  # of a head: [2 * experts + 1] first entry of each expert; first one of several
 
     @property
-    def entries(self) -> int:
-        """[num_entries] the entries by expert: those that are alone first, then one of several."""
-        return self.firsts + self.num_experts
+    def experts(self) -> int:
+        """Experts of a device."""
+        return self.num_experts // self.num_devices
 
     @property
-    def width(self) -> int:
-        """Words that other devices need, whole tiles of an array of one dimension."""
-        return round_up(self.entries + self.num_entries, WORDS)
+    def num_entries(self) -> int:
+        """Entries of a device."""
+        return self.num_tokens * self.top_k
 
     @property
     def send_keys(self) -> int:
         """[num_entries] what leaves, in order: expert there * devices + way to its device - 1."""
-        return self.width
+        return self.SEGMENTS + self.num_devices + 1
 
     @property
     def send_tokens(self) -> int:
@@ -81,9 +90,29 @@ class Table:
         return self.send_keys + self.num_entries
 
     @property
-    def own_width(self) -> int:
-        """Words in all."""
+    def own_words(self) -> int:
+        """Own words in all."""
         return round_up(self.send_tokens + self.num_entries, WORDS)
+
+    @property
+    def firsts(self) -> int:
+        """Of a head: [experts] entries of each expert that are the first of their token there."""
+        return self.BOUNDS + 2 * self.experts + 1
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of a head."""
+        return -(-(self.firsts + self.experts) // LANES)
+
+    @property
+    def entry_rows(self) -> int:
+        """Rows of entries of a device."""
+        return -(-self.num_entries // LANES)
+
+    @property
+    def window_rows(self) -> int:
+        """Rows that hold the entries of one expert, at most: a token is there once."""
+        return min(-(-self.num_tokens // LANES) + 1, self.entry_rows)
 
 
 def same(values: jax.Array) -> jax.Array:
@@ -93,8 +122,8 @@ def same(values: jax.Array) -> jax.Array:
 
 def describe(
     expert_ids: jax.Array, expert_weights: jax.Array, num_experts: int, num_devices: int, me: Any
-) -> tuple[jax.Array, jax.Array]:
-    """A device's table, and the tails of its tokens.
+) -> tuple[Lists, jax.Array]:
+    """A device's lists, and the tails of its tokens.
 
     Args:
       expert_ids: [T, top_k] int32; ids outside [0, num_experts) are skipped, an id that a token
@@ -105,16 +134,16 @@ def describe(
       me: index of this device.
 
     Returns:
-      The table [own_width] int32 (see `Table`) and the tails [T, 128] int32.
+      The lists, int32, and the tails [T, 128] int32.
     """
     num_tokens, top_k = expert_ids.shape
-    layout = Table(num_experts, num_tokens * top_k)
+    layout = Layout(num_devices, num_experts, num_tokens, top_k)
     slot = jnp.arange(top_k)
     known = (expert_ids >= 0) & (expert_ids < num_experts)
     earlier = slot[None, :, None] > slot[None, None, :]
     fresh = known & ~jnp.any(same(expert_ids) & earlier, axis=2)
     experts = jnp.where(fresh, expert_ids, num_experts)
-    device = experts // (num_experts // num_devices)
+    device = experts // layout.experts
     beside = same(device) & fresh[:, None, :]
     below = experts[:, None, :] < experts[:, :, None]
     above = experts[:, None, :] > experts[:, :, None]
@@ -128,21 +157,37 @@ def describe(
     bounds = jnp.sum(keys[None, :] < jnp.arange(2 * num_experts + 1)[:, None], axis=1)
     is_expert = experts.ravel()[None, :] == jnp.arange(num_experts)[:, None]
     firsts = jnp.sum(is_expert & first.ravel()[None, :], axis=1)
-    away = device != me
-    counts = jnp.stack([jnp.sum(first & away), jnp.sum(last & away), jnp.asarray(me)])
-    head = jnp.concatenate([counts, bounds, firsts])
-    shared = jnp.concatenate([head, codes])
-    shared = jnp.pad(shared, (0, layout.width - shared.size))
 
+    away = device != me
     way = (device - me - 1) % num_devices
-    send_key = experts % (num_experts // num_devices) * num_devices + way
-    send_key = jnp.where(first & away, send_key, num_experts)
-    sends = lax.sort((send_key.ravel(), jnp.broadcast_to(token, experts.shape).ravel()), num_keys=1)
-    table = jnp.concatenate([shared, *sends])
-    table = jnp.pad(table, (0, layout.own_width - table.size))
+    send_key = jnp.where(first & away, experts % layout.experts * num_devices + way, num_experts)
+    tokens_of = jnp.broadcast_to(token, experts.shape)
+    sends = lax.sort((send_key.ravel(), tokens_of.ravel()), num_keys=1)
+    counts = jnp.stack([jnp.asarray(me), jnp.sum(first & away), jnp.sum(last & away)])
+    segments = bounds[:: 2 * layout.experts]
+    lists = Lists(
+        own=filled(jnp.concatenate([counts, segments, *sends]), layout.own_words),
+        heads=heads(bounds, firsts, layout),
+        entries=filled(codes, layout.entry_rows * LANES).reshape(-1, LANES),
+    )
 
     weights = jnp.where(known, expert_weights, 0.0)
     fields = [expert_ids, lax.bitcast_convert_type(weights, jnp.int32), last]
     tail = jnp.concatenate([x.astype(jnp.int32) for x in fields], axis=1)
     tail = jnp.pad(tail, ((0, 0), (0, LANES - tail.shape[1])))
-    return table.astype(jnp.int32), tail
+    return lists, tail
+
+
+def filled(values: jax.Array, size: int) -> jax.Array:
+    """int32 values with zeros behind them."""
+    return jnp.pad(values.astype(jnp.int32), (0, size - values.size))
+
+
+def heads(bounds: jax.Array, firsts: jax.Array, layout: Layout) -> jax.Array:
+    """For each device the bounds and counts of its experts."""
+    shape = (layout.num_devices, -1)
+    ends = bounds[2 * layout.experts :: 2 * layout.experts]
+    parts = [bounds[:-1].reshape(shape), ends[:, None], firsts.reshape(shape)]
+    head = jnp.concatenate([x.astype(jnp.int32) for x in parts], axis=1)
+    head = jnp.pad(head, ((0, 0), (0, layout.head_rows * LANES - head.shape[1])))
+    return head.reshape(-1, LANES)

@@ -18,15 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe import ffn
-from fused_moe.dispatch import FIRST, LANES, LAST, SLOT, TOKEN, TOKEN_BITS, WEIGHTS, Table
+from fused_moe.dispatch import LANES, LAST, SLOT, TOKEN, TOKEN_BITS, WEIGHTS
 from fused_moe.plan import ROWS
 from fused_moe.plumbing import (
     LEAVING,
     LOADING,
-    REPEATED,
     STORING,
-    VISITS,
-    each,
     repeat,
     row,
     rows,
@@ -34,7 +31,8 @@ from fused_moe.plumbing import (
     wait_rows,
 )
 from fused_moe.rows import lanes, narrow, row_scale, scale_of
-from fused_moe.slices import Experts, Rings
+from fused_moe.slices import Experts
+from fused_moe.tiles import Tiles
 from reference.fused_moe import gated
 from tpukit.buffers import Stream
 
@@ -42,79 +40,8 @@ SCALE_OF, WEIGHT_OF, RESUMES = 0, 1, 2  # planes of Scratch.factors
 
 
 @dataclasses.dataclass(frozen=True)
-class Visits(Rings):
-    """All tiles of this device, one after another."""
-
-    @property
-    def shared_visits(self) -> int:
-        """Tiles of the shared expert: all own tokens."""
-        return 0 if self.problem.shared is None else -(-self.problem.num_tokens // self.plan.tile)
-
-    @property
-    def experts(self) -> tuple[Experts, ...]:
-        """The shared expert, if any, and the routed ones."""
-        weights, n = self.hbm.weights, self.shared_visits
-        here = []
-        first_up = 0
-        if self.problem.shared is not None and weights.shared is not None:
-            shape = self.problem.shared
-            here.append(Experts(weights.shared, shape, 0, lambda: n, 0, 0, lambda _: 0))
-            first_up = n * (shape.inter // self.plan.inter_slice)
-        routed = Experts(
-            weights,
-            self.problem.routed,
-            n,
-            lambda: n + self.routed_visits(),
-            first_up,
-            n * self.downs,
-            lambda visit: self.vmem.books.visit_expert[self.in_pass(visit - n)[1]],
-        )
-        return (*here, routed)
-
-    def list_visits(self) -> None:
-        """Lists the tiles of the routed experts, by expert."""
-        books, first = self.vmem.books, Table.BOUNDS + 2 * self.me * self.problem.experts_here
-
-        def expert(e: jax.Array, count: jax.Array) -> jax.Array:
-            def device(s: jax.Array, total: jax.Array) -> jax.Array:
-                return total + self.entry(s, first + 2 * e + 2) - self.entry(s, first + 2 * e)
-
-            total = lax.fori_loop(0, self.problem.num_devices, device, jnp.int32(0))
-            tiles = (total + self.plan.tile - 1) // self.plan.tile
-
-            def tile(i: jax.Array) -> None:
-                books.visit_expert[count + i] = e
-                books.visit_row[count + i] = i * self.plan.tile
-
-            repeat(tiles, tile)
-            return count + tiles
-
-        count = lax.fori_loop(0, self.problem.experts_here, expert, jnp.int32(0))
-        books.counts[VISITS] = count
-        for name in (REPEATED, LOADING, STORING, LEAVING, LEAVING + 1):
-            books.counts[name] = 0
-
-    @property
-    def enough_partials(self) -> bool:
-        """Whether no batch can need more partials than there are."""
-        return self.plan.partials >= self.problem.num_devices * self.problem.num_tokens
-
-    def routed_visits(self) -> jax.Array:
-        """Tiles of routed experts, in all passes."""
-        counts = self.vmem.books.counts
-        if self.enough_partials:
-            return counts[VISITS]
-        size = self.plan.partials
-        passes = lax.div(counts[REPEATED] + size - 1, size)
-        return counts[VISITS] * jnp.maximum(passes, 1)
-
-    def in_pass(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The pass that a routed tile belongs to, and its number there."""
-        if self.enough_partials:
-            return jnp.int32(0), tile
-        visits = jnp.maximum(self.vmem.books.counts[VISITS], 1)
-        which = lax.div(tile, visits)
-        return which, tile - which * visits
+class Visits(Tiles):
+    """What is done with a tile."""
 
     def run(self) -> None:
         """Visits every tile."""
@@ -132,135 +59,6 @@ class Visits(Rings):
         for slot in range(2):
             self.wait_leaving(slot)
         self.wait_storing()
-
-    # Tiles of tokens
-
-    def gather(self, visit: jax.Array) -> None:
-        """Starts fetching the rows of a routed visit, if there is one."""
-        tile = visit - self.shared_visits
-
-        @pl.when(tile < self.routed_visits())
-        def _() -> None:
-            books, slot = self.vmem.books, visit & 1
-            turn, index = self.in_pass(tile)
-            expert, first_row = books.visit_expert[index], books.visit_row[index]
-
-            @pl.when((first_row == 0) & (turn == 0))
-            def _() -> None:
-                self.wait_arrived(expert)
-
-            place = Table.BOUNDS + 2 * (self.me * self.problem.experts_here + expert)
-
-            def device(s: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
-                seen, r = state
-                begin, several, end = (self.entry(s, place + i) for i in range(3))
-
-                def inside(i: jax.Array) -> jax.Array:
-                    return jnp.clip(i, first_row - seen + begin, limit - seen + begin)
-
-                books.spans[slot, 2 * s] = r
-                alone = jnp.where(turn == 0, inside(several), inside(begin))
-                shift = r - inside(begin)
-                each(inside(begin), alone, lambda i: self.take(s, i, shift + i, slot))
-                r = shift + alone
-                books.spans[slot, 2 * s + 1] = r
-                r = lax.fori_loop(
-                    inside(several),
-                    inside(end),
-                    lambda i, r: self.take_one_of_several(s, i, r, slot, turn),
-                    r,
-                )
-                return seen + end - begin, r
-
-            limit = first_row + self.plan.tile
-            start_ = (jnp.int32(0), jnp.int32(0))
-            _, count = lax.fori_loop(0, self.problem.num_devices, device, start_)
-            books.spans[slot, 2 * self.problem.num_devices] = count
-
-    def wait_arrived(self, expert: jax.Array) -> None:
-        """Waits for the rows from other devices that have this expert first."""
-        place = self.problem.table.firsts + self.me * self.problem.experts_here + expert
-
-        def device(i: jax.Array, total: jax.Array) -> jax.Array:
-            return total + self.entry(self.other(i), place)
-
-        others = self.problem.num_devices - 1
-        count = lax.fori_loop(0, others, device, jnp.int32(0))
-        wait_rows(self.hbm.received, self.vmem.sems.arrived.at[expert], count)
-
-    def take(self, s: jax.Array, i: jax.Array, r: jax.Array, slot: jax.Array) -> None:
-        """Starts fetching row r of a tile, entry i of device s."""
-        books = self.vmem.books
-        code = self.entry(s, self.problem.table.entries + i)
-        books.codes[slot, r] = code
-        token = row(self.hbm.received, s * self.problem.num_tokens + (code & TOKEN))
-        start(token, row(self.vmem.words.at[slot], r), self.vmem.sems.gathered.at[slot])
-
-    def take_one_of_several(
-        self, s: jax.Array, i: jax.Array, r: jax.Array, slot: jax.Array, turn: jax.Array
-    ) -> jax.Array:
-        """The same for a token with several experts here, if this is its pass; returns the next row."""
-        books = self.vmem.books
-        code = self.entry(s, self.problem.table.entries + i)
-        token = s * self.problem.num_tokens + (code & TOKEN)
-
-        @pl.when((code & FIRST != 0) & (turn == 0))
-        def _() -> None:
-            number = books.counts[REPEATED]
-            books.partial_of[token] = number
-            books.counts[REPEATED] = number + 1
-
-        place = books.partial_of[token] - turn * self.plan.partials
-        wanted = (place >= 0) & (place < self.plan.partials)
-
-        @pl.when(wanted)
-        def _() -> None:
-            books.places[slot, r] = place
-            self.take(s, i, r, slot)
-
-        return r + wanted.astype(jnp.int32)
-
-    def load_partials(self, slot: jax.Array) -> None:
-        """Starts fetching the sums that a tile's rows resume."""
-        books = self.vmem.books
-        self.wait_storing()
-
-        def load(_: Any, r: jax.Array) -> None:
-            @pl.when(books.codes[slot, r] & FIRST == 0)
-            def _() -> None:
-                partial = row(self.hbm.partials, books.places[slot, r])
-                start(partial, row(self.vmem.y, r), self.vmem.sems.partial.at[1])
-                books.counts[LOADING] += 1
-
-        self.each_row(slot, None, load)
-
-    def each_row(
-        self,
-        slot: jax.Array,
-        alone: Callable[[Any, jax.Array], None] | None,
-        several: Callable[[Any, jax.Array], None],
-    ) -> None:
-        """alone(device, row) and several(device, row) for the rows of a tile, device by device.
-
-        The device is None for rows of this one.
-        """
-        spans = self.vmem.books.spans
-
-        def loops(s: jax.Array, device: Any) -> None:
-            begin, middle, end = (spans[slot, 2 * s + i] for i in range(3))
-            if alone is not None:
-                each(begin, middle, lambda r: alone(device, r))
-            lax.fori_loop(middle, end, lambda r, _: several(device, r), None)
-
-        loops(self.me, None)
-        others = self.problem.num_devices - 1
-        repeat(others, lambda i: loops(self.other(i), self.other(i)))
-
-    def wait_storing(self) -> None:
-        """Waits until the last tile's sums are among the partials."""
-        counts = self.vmem.books.counts
-        wait_rows(self.hbm.partials, self.vmem.sems.partial.at[0], counts[STORING])
-        counts[STORING] = 0
 
     def unpack(self, slot: jax.Array, count: jax.Array, factors: Callable[[Any], Any]) -> None:
         """Brings a tile's rows into the layout of products, and their factors beside them."""
@@ -297,8 +95,6 @@ class Visits(Rings):
         """The scale of rows, 1 where they have none."""
         one = jnp.ones((ROWS, 1), jnp.float32)
         return scale_of(tail) if self.problem.quantised else one
-
-    # Products
 
     def sized(self, count: jax.Array, action: Callable[[int], None]) -> None:
         """action(size) for the smallest size of tile that holds `count` rows."""
@@ -436,11 +232,10 @@ class Visits(Rings):
         wait_rows(self.hbm.returned, leaving, counts[LEAVING + slot])
         counts[LEAVING + slot] = 0
 
-    # Visits
-
     def visit_routed(self, experts: Experts, visit: jax.Array) -> None:
         """One tile of a routed expert."""
         slot, books = visit & 1, self.vmem.books
+        self.open_window(visit + 1)
         count = books.spans[slot, 2 * self.problem.num_devices]
         wait_rows(self.hbm.received, self.vmem.sems.gathered.at[slot], count)
         self.unpack(slot, count, self.routed_factors(experts.expert(visit)))

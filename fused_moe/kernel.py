@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.combine import Combine
-from fused_moe.dispatch import Table
+from fused_moe.dispatch import LANES, Layout, Lists
 from fused_moe.experts import Visits
 from fused_moe.plan import Plan, Problem, vmem_allowed
 from fused_moe.plumbing import Operands, Scratch, start, wait
@@ -30,10 +30,10 @@ COLLECTIVE_ID = 0
 
 def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     """One device's part, from start to end."""
-    ready = vmem.sems.table.at[0]
-    start(hbm.table, vmem.books.mine, ready)
-    wait(hbm.table, ready)
-    me = vmem.books.mine[Table.ME]
+    ready = vmem.sems.lists.at[0]
+    start(hbm.own, vmem.books.own, ready)
+    wait(hbm.own, ready)
+    me = vmem.books.own[Layout.ME]
     scatter = Scatter(problem, plan, me, hbm, vmem)
     visits = Visits(problem, plan, me, hbm, vmem)
     combine = Combine(problem, plan, me, hbm, vmem)
@@ -41,11 +41,12 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     scatter.pack_tokens()
     if problem.num_devices > 1:
         scatter.enter()
-    scatter.send_tables()
+    scatter.send_lists()
     scatter.send_tokens()
     visits.start_first(visits.experts[:-1])
-    scatter.receive_tables()
+    scatter.receive_lists()
     visits.list_visits()
+    visits.open_window(jnp.int32(visits.shared_visits))
     visits.start_first(visits.experts[-1:])
     visits.run()
     combine.run()
@@ -53,7 +54,7 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
 
 
 def fused_moe_kernel(
-    table: jax.Array,
+    lists: Lists,
     tails: jax.Array,
     tokens: jax.Array,
     weights: Weights,
@@ -65,7 +66,7 @@ def fused_moe_kernel(
     """Runs the kernel on one device of the mesh.
 
     Args:
-      table, tails: of this device's tokens, see `dispatch`.
+      lists, tails: of this device's tokens, see `dispatch`.
       tokens: [T, hidden].
       weights: of this device's experts; scales and biases [E_l, B, width], the shared expert's
         arrays with a leading dimension of 1.
@@ -77,7 +78,7 @@ def fused_moe_kernel(
       [T, hidden].
     """
     leaves, structure = jax.tree.flatten(weights)
-    inputs = [table, tails, tokens, *leaves]
+    inputs = [*lists, tails, tokens, *leaves]
     if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
         inputs = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in inputs]
     like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual_axes(tokens))
@@ -85,16 +86,17 @@ def fused_moe_kernel(
     back = (problem.slots * problem.num_tokens, problem.rows_back.row_words)
     outputs = [
         like(tokens.shape, tokens.dtype),
-        like((problem.num_devices * problem.table.width,), jnp.int32),
+        like((problem.num_devices * problem.layout.head_rows, LANES), jnp.int32),
+        like((problem.num_devices * problem.layout.entry_rows, LANES), jnp.int32),
         like((rows, problem.rows_out.row_words), jnp.uint32),
         like(back, jnp.uint32),
         like((min(plan.partials, rows), problem.hidden), jnp.float32),
     ]
 
     def body(*refs: Any) -> None:
-        inputs, outputs, vmem = refs[: 3 + len(leaves)], refs[-6:-1], refs[-1]
-        held = jax.tree.unflatten(structure, inputs[3:])
-        layer(problem, plan, Operands(*inputs[:3], held, *outputs), vmem)
+        given, made, vmem = refs[: len(inputs)], refs[-1 - len(outputs) : -1], refs[-1]
+        held = jax.tree.unflatten(structure, given[len(inputs) - len(leaves) :])
+        layer(problem, plan, Operands(*given[: -len(leaves)], held, *made), vmem)
 
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     output, *_ = pl.pallas_call(

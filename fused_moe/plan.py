@@ -11,14 +11,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fused_moe.dispatch import LANES, Table, round_up
+from fused_moe.dispatch import LANES, Layout, round_up
 from fused_moe.rows import RowFormat
 from tpukit import tuning
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
 
 ROWS = 32  # rows of a tile of the narrowest type: counts of rows in memory are multiples of it
-SMEM_SHARE = 0.85  # of SMEM that the kernel's own scalars may take; the compiler spills there too
+SMEM_SHARE = 0.5  # of SMEM that the lists may take; the compiler spills its scalars there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Problem:
         return self.top_k + (self.shared is not None)
 
     @property
-    def table(self) -> Table:
-        """Where the tables hold what."""
-        return Table(self.num_experts, self.num_tokens * self.top_k)
+    def layout(self) -> Layout:
+        """Where the lists hold what."""
+        return Layout(self.num_devices, self.num_experts, self.num_tokens, self.top_k)
 
     @property
     def rows_out(self) -> RowFormat:
@@ -227,10 +227,10 @@ def vmem_allowed(problem: Problem, plan: Plan) -> int:
 
 
 def scalars(problem: Problem, plan: Plan) -> int:
-    """32-bit words of SMEM that the tables and the lists take."""
-    n = problem.num_devices
-    lists = 2 * plan.visits(problem) + n * problem.num_tokens + 4 * plan.tile + 4 * n
-    return n * problem.table.width + problem.table.own_width + lists
+    """32-bit words of SMEM that the lists take."""
+    layout, n = problem.layout, problem.num_devices
+    lists = layout.own_words + n * (layout.head_rows + 2 * layout.window_rows) * LANES
+    return lists + 2 * plan.visits(problem) + n * problem.num_tokens + 4 * plan.tile + 4 * n
 
 
 def hbm_bytes(problem: Problem, plan: Plan) -> int:
@@ -239,8 +239,9 @@ def hbm_bytes(problem: Problem, plan: Plan) -> int:
     received = rows * problem.rows_out.row_words
     returned = problem.slots * problem.num_tokens * problem.rows_back.row_words
     partials = min(plan.partials, rows) * problem.hidden
-    tables = problem.num_devices * problem.table.width
-    return 4 * (received + returned + partials + tables)
+    layout = problem.layout
+    lists = problem.num_devices * (layout.head_rows + layout.entry_rows) * LANES
+    return 4 * (received + returned + partials + lists)
 
 
 def divisors(width: int, most: int) -> list[int]:

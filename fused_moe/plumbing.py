@@ -16,10 +16,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from fused_moe.dispatch import LANES
 from fused_moe.plan import ROWS, Plan, Problem, buffers
 from reference.fused_moe import Weights
 
 Ref = Any
+LANE_BITS = LANES.bit_length() - 1
 UNROLL = 4  # rows whose transfers are started together
 IO_DEPTH = 4  # blocks of ROWS tokens or outputs on their way
 
@@ -27,12 +29,15 @@ IO_DEPTH = 4  # blocks of ROWS tokens or outputs on their way
 class Operands(NamedTuple):
     """Arrays in HBM."""
 
-    table: Ref  # [own table width] i32, of this device
+    own: Ref  # [own words] i32, see dispatch.Lists
+    own_heads: Ref  # [n * head rows, 128] i32
+    own_entries: Ref  # [entry rows, 128] i32
     tails: Ref  # [T, 128] i32
     tokens: Ref  # [T, hidden]
     weights: Weights  # [E_l, ...]; scales and biases [E_l, B, width]
     output: Ref  # [T, hidden]
-    tables: Ref  # [n * table width] i32, of all devices
+    heads: Ref  # [n * head rows, 128] i32, from each device the head for this one
+    entries: Ref  # [n * entry rows, 128] i32, from each device the rows for this one
     received: Ref  # [n * T, row words] u32; row s * T + t is token t of device s
     returned: Ref  # [slots * T, row words] u32; row j * T + t is what slot j brought token t
     partials: Ref  # [partials, hidden] f32, of tokens between two experts of this device
@@ -49,30 +54,32 @@ class Slices(NamedTuple):
 class Books(NamedTuple):
     """Scalars; M = plan.tile."""
 
-    mine: Ref  # [own table width] the table of this device
-    tables: Ref  # [n * table width]
+    own: Ref  # [own words]
+    heads: Ref  # [n * head rows, 128]
+    windows: Ref  # [2, n * window rows, 128] the rows with the entries of a tile's expert
     visit_expert: Ref  # [visits]
     visit_row: Ref  # [visits] which of the expert's rows comes first
     partial_of: Ref  # [n * T] number of the token among those with several experts here
     codes: Ref  # [2, M] entries of a tile's rows
     places: Ref  # [2, M] where their partials are
     spans: Ref  # [2, 2 * n + 1] where a tile's rows of each device begin: alone; one of several
-    counts: Ref  # [6], see below
+    counts: Ref  # [8], see below
 
 
 # What Books.counts holds: rows that are leaving [2], visits in a pass, tokens with several experts
-# here, rows on their way from and to the partials.
-LEAVING, VISITS, REPEATED, LOADING, STORING = 0, 2, 3, 4, 5
+# here, rows on their way from and to the partials, and to the windows [2].
+LEAVING, VISITS, REPEATED, LOADING, STORING, WINDOW = 0, 2, 3, 4, 5, 6
 
 
 class Sems(NamedTuple):
     """DMA semaphores."""
 
-    table: Ref  # [3] own table; tables sent; tables received
+    lists: Ref  # [4] own; sent; heads; entries
     load: Ref  # [IO_DEPTH] blocks of tokens, or of what came back
     store: Ref  # [IO_DEPTH] blocks of packed tokens, or of outputs
     sent: Ref  # [1] rows sent away
     arrived: Ref  # [E_l] rows from other devices whose first expert here this is
+    window: Ref  # [2] entries of a tile's expert
     gathered: Ref  # [2] rows of a tile
     gate_up: Ref  # [D]
     down: Ref  # [D]
@@ -106,7 +113,7 @@ class Scratch(NamedTuple):
         """Shapes of the fields."""
         vmem = {name: pltpu.VMEM(*buffer) for name, buffer in buffers(problem, plan).items()}
         rows = problem.num_devices * problem.num_tokens
-        width = problem.table.width
+        layout, n = problem.layout, problem.num_devices
 
         def slices(name: str) -> Slices:
             found = [vmem.pop(name + part, None) for part in ("", "_scale", "_bias")]
@@ -125,22 +132,24 @@ class Scratch(NamedTuple):
             down=slices("down"),
             **vmem,
             books=Books(
-                mine=words(problem.table.own_width),
-                tables=words(problem.num_devices * width),
+                own=words(layout.own_words),
+                heads=words(n * layout.head_rows, LANES),
+                windows=words(2, n * layout.window_rows, LANES),
                 visit_expert=words(visits),
                 visit_row=words(visits),
                 partial_of=words(rows),
                 codes=words(2, plan.tile),
                 places=words(2, plan.tile),
                 spans=words(2, 2 * problem.num_devices + 1),
-                counts=words(6),
+                counts=words(8),
             ),
             sems=Sems(
-                table=sems(3),
+                lists=sems(4),
                 load=sems(IO_DEPTH),
                 store=sems(IO_DEPTH),
                 sent=sems(1),
                 arrived=sems(problem.experts_here),
+                window=sems(2),
                 gathered=sems(2),
                 gate_up=sems(plan.depth),
                 down=sems(plan.depth),
@@ -174,9 +183,16 @@ class Plumbing:
             source, target, sent, received, device_id=self.peer(device)
         ).start()
 
-    def entry(self, device: jax.Array, place: Any) -> jax.Array:
-        """A word of a device's table."""
-        return self.vmem.books.tables[device * self.problem.table.width + place]
+    def head(self, device: jax.Array, place: Any) -> jax.Array:
+        """A word of the head that a device has sent."""
+        first = device * self.problem.layout.head_rows
+        return self.vmem.books.heads[first + (place >> LANE_BITS), place & (LANES - 1)]
+
+    @staticmethod
+    def span(first: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The rows of 128 words [begin, end) that hold words [first, end)."""
+        begin = first >> LANE_BITS
+        return begin, jnp.where(end > first, (end + LANES - 1) >> LANE_BITS, begin)
 
     def enter(self) -> None:
         """Waits until every device is in this kernel, so that its memory may be written."""
@@ -239,8 +255,10 @@ def wait_rows(array: Ref, semaphore: Ref, count: jax.Array) -> None:
         part = array.at[pl.ds(0, number)]
         return lambda _: pltpu.make_async_copy(part, part, semaphore).wait()
 
-    repeat(count // ROWS, wait(ROWS))
-    repeat(count % ROWS, wait(1))
+    most = min(ROWS, 1 << (array.shape[0].bit_length() - 1))
+    whole, left = divide(count, most)
+    repeat(whole, wait(most))
+    repeat(left, wait(1))
 
 
 def start(source: Ref, target: Ref, semaphore: Ref) -> None:

@@ -1,4 +1,4 @@
-"""The way out: tables to all devices, own tokens packed once, one row to each device that needs it.
+"""The way out: lists to all devices, own tokens packed once, one row to each device that needs it.
 
 Rows leave in the order in which the devices will use them: those that their first experts need go
 first, to all devices, then those of the second experts, and so on.
@@ -10,10 +10,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fused_moe.dispatch import Table
+from fused_moe.dispatch import Layout
 from fused_moe.plan import ROWS
 from fused_moe.plumbing import (
     IO_DEPTH,
@@ -83,43 +84,75 @@ class Scatter(Plumbing):
 
         return Stream(loads, IO_DEPTH, exists), Stream(stores, IO_DEPTH, exists)
 
-    def send_tables(self) -> None:
-        """Sends the own table to all other devices."""
-        width = self.problem.table.width
-        mine = self.hbm.tables.at[pl.ds(pl.multiple_of(self.me * width, width), width)]
-        local, sent, received = (self.vmem.sems.table.at[i] for i in range(3))
-        start(self.hbm.table.at[pl.ds(0, width)], mine, local)
-        wait(mine, local)
-        others = self.problem.num_devices - 1
-        repeat(others, lambda i: self.send(mine, mine, sent, received, self.other(i)))
+    def send_lists(self) -> None:
+        """Sends each device the head for it, and the rows that hold its entries."""
+        layout, own = self.problem.layout, self.vmem.books.own
+        local, sent, heads, entries = (self.vmem.sems.lists.at[i] for i in range(4))
+
+        def part(array: Ref, first: jax.Array, count: int) -> Ref:
+            return array.at[pl.ds(first * count, count)]
+
+        def send(i: jax.Array) -> None:
+            device = self.other(i)
+            head = part(self.hbm.own_heads, device, layout.head_rows)
+            self.send(head, part(self.hbm.heads, self.me, layout.head_rows), sent, heads, device)
+            begin, end = self.span(own[Layout.SEGMENTS + device], own[Layout.SEGMENTS + device + 1])
+
+            def send_row(r: jax.Array, _: None) -> None:
+                there = row(self.hbm.entries, self.me * layout.entry_rows + r)
+                self.send(row(self.hbm.own_entries, r), there, sent, entries, device)
+
+            lax.fori_loop(begin, end, send_row, None)
+
+        start(
+            part(self.hbm.own_heads, self.me, layout.head_rows),
+            part(self.hbm.heads, self.me, layout.head_rows),
+            local,
+        )
+        start(self.hbm.own_entries, part(self.hbm.entries, self.me, layout.entry_rows), local)
+        repeat(self.problem.num_devices - 1, send)
+        wait(part(self.hbm.heads, self.me, layout.head_rows), local)
+        wait(self.hbm.own_entries, local)
 
     def send_tokens(self) -> None:
         """Sends every own token once to each other device that has experts of it."""
-        mine, table = self.vmem.books.mine, self.problem.table
+        own, layout = self.vmem.books.own, self.problem.layout
         first = self.me * self.problem.num_tokens
 
         def send(i: jax.Array) -> None:
-            expert, way = divide(mine[table.send_keys + i], self.problem.num_devices)
-            packed = row(self.hbm.received, first + mine[table.send_tokens + i])
+            expert, way = divide(own[layout.send_keys + i], self.problem.num_devices)
+            packed = row(self.hbm.received, first + own[layout.send_tokens + i])
             arrived = self.vmem.sems.arrived.at[expert]
             self.send(packed, packed, self.vmem.sems.sent.at[0], arrived, self.other(way))
 
-        each(jnp.int32(0), mine[Table.SENDS], send)
+        each(jnp.int32(0), own[Layout.SENDS], send)
 
-    def receive_tables(self) -> None:
-        """Waits for the tables of all devices."""
-        tables = self.vmem.sems.table
-        for done in (tables.at[1], tables.at[2]):
-            repeat(
-                self.problem.num_devices - 1,
-                lambda _, done=done: wait(
-                    self.hbm.table.at[pl.ds(0, self.problem.table.width)], done
-                ),
-            )
-        start(self.hbm.tables, self.vmem.books.tables, tables.at[0])
-        wait(self.hbm.tables, tables.at[0])
+    def receive_lists(self) -> None:
+        """Waits for what the other devices have sent."""
+        layout, books = self.problem.layout, self.vmem.books
+        local, sent, heads, entries = (self.vmem.sems.lists.at[i] for i in range(4))
+        others = self.problem.num_devices - 1
+        wait_rows(self.hbm.heads, heads, jnp.int32(others * layout.head_rows))
+        start(self.hbm.heads, books.heads, local)
+        wait(self.hbm.heads, local)
+
+        def arriving(i: jax.Array, total: jax.Array) -> jax.Array:
+            device = self.other(i)
+            first, end = self.head(device, 0), self.head(device, 2 * layout.experts)
+            begin, end = self.span(first, end)
+            return total + end - begin
+
+        count = lax.fori_loop(0, others, arriving, jnp.int32(0))
+        wait_rows(self.hbm.entries, entries, count)
+
+        def leaving(i: jax.Array, total: jax.Array) -> jax.Array:
+            place = Layout.SEGMENTS + self.other(i)
+            begin, end = self.span(books.own[place], books.own[place + 1])
+            return total + end - begin + layout.head_rows
+
+        wait_rows(self.hbm.entries, sent, lax.fori_loop(0, others, leaving, jnp.int32(0)))
 
     def finish(self) -> None:
         """Waits until the own tokens have left."""
-        sends = self.vmem.books.mine[Table.SENDS]
+        sends = self.vmem.books.own[Layout.SENDS]
         wait_rows(self.hbm.received, self.vmem.sems.sent.at[0], sends)
