@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fused_moe.dispatch import LASTS, Layout
+from fused_moe.dispatch import Layout
 from fused_moe.plan import ROWS
 from fused_moe.plumbing import IO_DEPTH, Plumbing, divide, repeat, rows, start, wait_rows
 from fused_moe.rows import lanes, scale_of
@@ -77,8 +77,7 @@ class Combine(Plumbing):
             words = rows(self.vmem.out.at[slot], i * ROWS, ROWS)
             tail = rows(self.vmem.marks, i * ROWS, ROWS)[...]
             y = rows(self.vmem.y, i * ROWS, ROWS)
-            marked = jnp.where(lanes(tail.shape) == LASTS * top_k + j, tail, 0)
-            there = (jnp.max(marked, axis=1, keepdims=True) > 0) | (j == top_k)
+            there = self.brought_by(tail, j) | (j == top_k)
             scale = scale_of(fmt.tail(words)) if fmt.scaled else None
             for part, values in fmt.load(words):
                 values = values.astype(jnp.float32)
@@ -87,6 +86,20 @@ class Combine(Plumbing):
                 y[:, part] = sum_before + jnp.where(there, values, 0.0)
 
         repeat(count // ROWS, group)
+
+    def brought_by(self, tail: jax.Array, j: jax.Array) -> jax.Array:
+        """[R, 1] whether slot j holds the last of a token's experts on its device."""
+        layout, lane = self.problem.layout, lanes(tail.shape)
+        in_slots = lane < self.problem.top_k
+        mine = jnp.max(jnp.where(lane == j, tail, -(2**31)), axis=1, keepdims=True)
+        known = (mine >= 0) & (mine < layout.num_experts)
+        # floats divide exactly enough: ids are below 2**20, and half an id is added
+        device = jnp.floor((mine.astype(jnp.float32) + 0.5) * (1 / layout.experts))
+        first = device.astype(jnp.int32) * layout.experts
+        later = in_slots & (tail > mine) & (tail < first + layout.experts)
+        twin = in_slots & (tail == mine) & (lane < j)
+        others = jnp.max((later | twin).astype(jnp.float32), axis=1, keepdims=True)
+        return known & (others == 0)
 
     def store(self, block: jax.Array, count: jax.Array) -> None:
         """Writes a block of the output."""

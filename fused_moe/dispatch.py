@@ -26,11 +26,10 @@ SLOT = (1 << SLOT_BITS) - 1
 FIRST = 1 << (TOKEN_BITS + SLOT_BITS)
 LAST = FIRST << 1
 
-# A token's tail, the 32-bit words that travel behind its values: ids, weights, and whether a slot
-# holds the last expert on its device, `top_k` words each from these multiples of top_k; its scale.
-IDS, WEIGHTS, LASTS = 0, 1, 2
+# A token's tail, the 32-bit words that travel behind its values: `top_k` ids, as many weights, and
+# in the last word its scale.
 SCALE = LANES - 1
-MAX_TOP_K = SCALE // 3
+MAX_TOP_K = SCALE // 2
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -115,9 +114,9 @@ class Layout:
         return min(-(-self.num_tokens // LANES) + 1, self.entry_rows)
 
 
-def same(values: jax.Array) -> jax.Array:
-    """[T, top_k, top_k]: whether slot j has the value of slot i."""
-    return values[:, :, None] == values[:, None, :]
+def slots_where(condition: jax.Array, of: jax.Array) -> jax.Array:
+    """[top_k, T]: whether a slot i has a slot j of its token with condition[i, j] and of[j]."""
+    return jnp.any(condition & of[None], axis=1)
 
 
 def describe(
@@ -138,19 +137,18 @@ def describe(
     """
     num_tokens, top_k = expert_ids.shape
     layout = Layout(num_devices, num_experts, num_tokens, top_k)
-    slot = jnp.arange(top_k)
-    known = (expert_ids >= 0) & (expert_ids < num_experts)
-    earlier = slot[None, :, None] > slot[None, None, :]
-    fresh = known & ~jnp.any(same(expert_ids) & earlier, axis=2)
-    experts = jnp.where(fresh, expert_ids, num_experts)
+    ids = expert_ids.T  # [top_k, T]: tokens along the lanes
+    slot = jnp.arange(top_k)[:, None]
+    known = (ids >= 0) & (ids < num_experts)
+    earlier = jnp.arange(top_k)[None, :, None] < slot[:, :, None]
+    fresh = known & ~slots_where((ids[:, None] == ids[None]) & earlier, known)
+    experts = jnp.where(fresh, ids, num_experts)
     device = experts // layout.experts
-    beside = same(device) & fresh[:, None, :]
-    below = experts[:, None, :] < experts[:, :, None]
-    above = experts[:, None, :] > experts[:, :, None]
-    first = fresh & ~jnp.any(beside & below, axis=2)
-    last = fresh & ~jnp.any(beside & above, axis=2)
+    beside = device[:, None] == device[None]
+    first = fresh & ~slots_where(beside & (experts[None] < experts[:, None]), fresh)
+    last = fresh & ~slots_where(beside & (experts[None] > experts[:, None]), fresh)
 
-    token = jnp.arange(num_tokens)[:, None]
+    token = jnp.broadcast_to(jnp.arange(num_tokens), ids.shape)
     code = token | slot << TOKEN_BITS | jnp.where(first, FIRST, 0) | jnp.where(last, LAST, 0)
     key = 2 * experts + ~(first & last)
     keys, codes = lax.sort((key.ravel(), code.ravel()), num_keys=1, is_stable=True)
@@ -161,8 +159,7 @@ def describe(
     away = device != me
     way = (device - me - 1) % num_devices
     send_key = jnp.where(first & away, experts % layout.experts * num_devices + way, num_experts)
-    tokens_of = jnp.broadcast_to(token, experts.shape)
-    sends = lax.sort((send_key.ravel(), tokens_of.ravel()), num_keys=1)
+    sends = lax.sort((send_key.ravel(), token.ravel()), num_keys=1)
     counts = jnp.stack([jnp.asarray(me), jnp.sum(first & away), jnp.sum(last & away)])
     segments = bounds[:: 2 * layout.experts]
     lists = Lists(
@@ -171,11 +168,9 @@ def describe(
         entries=filled(codes, layout.entry_rows * LANES).reshape(-1, LANES),
     )
 
-    weights = jnp.where(known, expert_weights, 0.0)
-    fields = [expert_ids, lax.bitcast_convert_type(weights, jnp.int32), last]
-    tail = jnp.concatenate([x.astype(jnp.int32) for x in fields], axis=1)
-    tail = jnp.pad(tail, ((0, 0), (0, LANES - tail.shape[1])))
-    return lists, tail
+    weights = lax.bitcast_convert_type(expert_weights, jnp.int32)
+    tails = jnp.concatenate([expert_ids, weights], axis=1)
+    return lists, jnp.pad(tails, ((0, 0), (0, LANES - tails.shape[1])))
 
 
 def filled(values: jax.Array, size: int) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe import ffn
-from fused_moe.dispatch import LANES, LAST, SLOT, TOKEN, TOKEN_BITS, WEIGHTS
+from fused_moe.dispatch import LANES, LAST, SLOT, TOKEN, TOKEN_BITS
 from fused_moe.plan import ROWS
 from fused_moe.plumbing import (
     LEAVING,
@@ -82,7 +82,7 @@ class Visits(Tiles):
 
         def factors(tail: jax.Array) -> tuple[jax.Array, ...]:
             ids = jnp.where(lanes(tail.shape) < top_k, tail, -1)
-            weights = pltpu.roll(tail, LANES - top_k * WEIGHTS, 1)  # slot j's into lane j
+            weights = pltpu.roll(tail, LANES - top_k, 1)  # slot j's into lane j
             mine = lax.bitcast_convert_type(weights, jnp.float32)
             weight = jnp.sum(jnp.where(ids == first + expert, mine, 0.0), axis=1, keepdims=True)
             earlier = (ids >= first) & (ids < first + expert)
