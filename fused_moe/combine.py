@@ -58,18 +58,19 @@ class Combine(Plumbing):
             start(tails, marks, self.vmem.sems.load.at[2])
             wait_rows(self.hbm.tails, self.vmem.sems.load.at[2], count)
 
-            def slot(j: jax.Array) -> None:
+            def take(j: Index, first: bool) -> None:
                 index = b * self.problem.slots + j
                 brought.wait(index)
-                self.add(j, brought.slot(index), count)
+                self.add(j, brought.slot(index), count, first=first)
                 brought.start(index + 2)
 
-            repeat(self.problem.slots, slot)
+            take(0, first=True)
+            repeat(self.problem.slots - 1, lambda j: take(j + 1, first=False))
             self.store(b, count)
 
         repeat(self.blocks, block)
 
-    def add(self, j: jax.Array, slot: jax.Array, count: jax.Array) -> None:
+    def add(self, j: Index, slot: jax.Array, count: jax.Array, *, first: bool) -> None:
         """Adds slot j of a block's tokens, where it brought anything."""
         fmt, top_k = self.problem.rows_back, self.problem.top_k
 
@@ -78,12 +79,11 @@ class Combine(Plumbing):
             tail = rows(self.vmem.marks, i * ROWS, ROWS)[...]
             y = rows(self.vmem.y, i * ROWS, ROWS)
             there = self.brought_by(tail, j) | (j == top_k)
-            scale = scale_of(fmt.tail(words)) if fmt.scaled else None
-            for part, values in fmt.load(words):
+            scale = jnp.where(there, scale_of(fmt.tail(words)), 0.0) if fmt.scaled else None
+            for part, values in fmt.load(words, there):
                 values = values.astype(jnp.float32)
                 values = values if scale is None else values * scale
-                sum_before = jnp.where(j == 0, 0.0, y[:, part])
-                y[:, part] = sum_before + jnp.where(there, values, 0.0)
+                y[:, part] = values if first else y[:, part] + values
 
         repeat(count // ROWS, group)
 

@@ -318,6 +318,12 @@ SLICES = (
 )
 
 
+def even_tile(rows: float) -> int:
+    """Rows of a tile such that most experts need as many tiles as the mean one, of up to 288."""
+    most = rows + 2.8 * math.sqrt(rows)  # of Poisson's distribution, all but 0.3 % are below
+    return max(round_up(math.ceil(most / math.ceil(rows / 256)), ROWS), 2 * ROWS)
+
+
 def model(problem: Problem, chip: Chip) -> Plan:
     """The cost model: tiles for an expert's expected rows, then the longest slices that fit.
 
@@ -325,7 +331,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
       UnsupportedError: nothing fits.
     """
     rows = problem.num_devices * problem.num_tokens * problem.top_k / problem.num_experts
-    tiles = [size for size in (256, 128, 64) if size == 64 or rows > size / 2]
+    tiles = sorted({min(even_tile(rows), most) for most in (512, 256, 128, 64)}, reverse=True)
     inter = functools.reduce(math.gcd, [shape.inter for shape in problem.shapes])
     for tile in tiles:
         for up, down, depth in SLICES:

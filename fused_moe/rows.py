@@ -110,10 +110,20 @@ class RowFormat:
                 tail = jnp.where(lanes(tail.shape) == SCALE, bits, tail)
             target[:, self.words :] = lax.bitcast_convert_type(tail, jnp.uint32)
 
-    def load(self, source: Ref) -> Iterator[tuple[slice, jax.Array]]:
-        """The blocks of values of packed rows, in the format's type and without their scale."""
+    def load(
+        self, source: Ref, wanted: jax.Array | None = None
+    ) -> Iterator[tuple[slice, jax.Array]]:
+        """The blocks of values of packed rows, in the format's type and without their scale.
+
+        Args:
+          source: [R, row_words] words.
+          wanted: [R, 1]; rows that are not are 0.
+        """
         for place, parts in self.blocks():
-            yield from zip(parts, self.unpack(source[:, place]), strict=True)
+            words = source[:, place]
+            if wanted is not None:
+                words = jnp.where(wanted, words, jnp.uint32(0))
+            yield from zip(parts, self.unpack(words), strict=True)
 
     def tail(self, source: Ref) -> jax.Array:
         """The tails [R, 128] int32 of packed rows."""
