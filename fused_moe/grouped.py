@@ -34,11 +34,11 @@ def grouped_product(
       experts: [R] expert of each row; E for rows behind those of all experts.
       counts: [E] rows of each expert.
     """
-    kind = jnp.promote_types(x.dtype, jnp.bfloat16)
+    kind = jnp.dtype(jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16)  # exact for narrow x
     if scale is not None and scale.shape[1] > 1:
         repeats = weight.shape[1] // scale.shape[1]
         weight = weight.astype(jnp.float32) * jnp.repeat(scale, repeats, axis=1)
-        kind, scale = jnp.float32, None
+        kind, scale = jnp.dtype(jnp.float32), None
     y = lax.ragged_dot(
         x.astype(kind), weight.astype(kind), counts, preferred_element_type=jnp.float32
     )

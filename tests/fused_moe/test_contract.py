@@ -1,0 +1,202 @@
+"""Bad input: every row has one defined outcome, and every message says what to do."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import fused_moe
+from tests.fused_moe import oracle
+from tests.fused_moe.test_fused_moe import PLAN
+from tpukit.errors import ArgumentError, UnsupportedError
+
+LAYER = oracle.random_layer(0, 8, **{"activation_dtype": "float8_e4m3fn"})
+
+
+def call(layer=LAYER, **options):
+    return fused_moe.fused_moe(*layer.args(), **{**layer.options, **options})
+
+
+def changed(**fields):
+    return dataclasses.replace(LAYER, **fields)
+
+
+def with_weights(**fields):
+    return changed(weights=dataclasses.replace(LAYER.weights, **fields))
+
+
+W = LAYER.weights
+SHAPES = {
+    "tokens of three dimensions": (changed(tokens=LAYER.tokens[None]), "tokens"),
+    "fewer ids than tokens": (changed(ids=LAYER.ids[:-1]), "expert_ids"),
+    "weights of other slots": (changed(expert_weights=LAYER.expert_weights[:, 1:]), "expert_w"),
+    "float32 tokens": (changed(tokens=LAYER.tokens.astype(np.float32)), "tokens"),
+    "ids of 8 bits": (changed(ids=LAYER.ids.astype(np.int8)), "expert_ids"),
+    "more slots than experts": (
+        changed(ids=np.tile(LAYER.ids, 4), expert_weights=np.tile(LAYER.expert_weights, 4)),
+        "top_k",
+    ),
+    "no slot": (changed(ids=LAYER.ids[:, :0], expert_weights=LAYER.expert_weights[:, :0]), "top_k"),
+    "another hidden width": (changed(tokens=LAYER.tokens[:, :100]), None),
+    "a hidden width that needs padding": (
+        changed(tokens=np.zeros((8, 600), LAYER.tokens.dtype)),
+        "weights.gate",
+    ),
+    "up of another width": (with_weights(up=W.up[:, :, :128]), "weights.up"),
+    "down of another width": (with_weights(down=W.down[:, :128]), "weights.down"),
+    "down of another type": (with_weights(down=W.down.astype(jnp.bfloat16)), "weights.down"),
+    "float32 weights": (
+        with_weights(**{n: getattr(W, n).astype(jnp.float32) for n in ("gate", "up", "down")}),
+        "weights.gate",
+    ),
+    "no scale": (
+        with_weights(gate_scale=None, up_scale=None, down_scale=None),
+        "weights.gate_scale",
+    ),
+    "one scale missing": (with_weights(up_scale=None), "weights.up_scale"),
+    "a scale of another type": (
+        with_weights(gate_scale=W.gate_scale.astype(jnp.bfloat16)),
+        "weights.gate_scale",
+    ),
+    "blocks that do not divide": (
+        with_weights(
+            gate_scale=jnp.ones((8, 3, 256), jnp.float32),
+            up_scale=jnp.ones((8, 3, 256), jnp.float32),
+        ),
+        "weights.gate_scale",
+    ),
+    "one bias": (with_weights(up_bias=jnp.zeros((8, 256))), "weights.gate_bias"),
+    "a shared expert of another width": (
+        with_weights(shared=jax.tree.map(lambda w: w[0, :256], W)),
+        "weights.shared",
+    ),
+    "an intermediate width of 96": (
+        with_weights(
+            gate=W.gate[:, :, :96],
+            up=W.up[:, :, :96],
+            down=W.down[:, :96],
+            gate_scale=W.gate_scale[:, :, :96],
+            up_scale=W.up_scale[:, :, :96],
+        ),
+        "weights intermediate",
+    ),
+}
+
+
+@pytest.mark.parametrize(("layer", "argument"), SHAPES.values(), ids=SHAPES)
+def test_wrong_arrays(layer, argument):
+    if argument is None:  # 100 is padded to 512, which the weights have
+        assert call(layer).shape == (8, 100)
+        return
+    with pytest.raises(ArgumentError, match="needs") as caught:
+        call(layer)
+    assert caught.value.argument.startswith(argument)
+
+
+OPTIONS = {
+    "activation": "relu",
+    "limit": -1.0,
+    "activation_dtype": "float8_e5m2",
+    "return_dtype": "float32",
+    "implementation": "fast",
+    "axis_name": "nowhere",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), OPTIONS.items(), ids=OPTIONS)
+def test_wrong_options(name, value):
+    with pytest.raises(ArgumentError) as caught:
+        call(**{name: value})
+    assert caught.value.argument == name
+    assert str(value) in str(caught.value)
+
+
+PLANS = {
+    "tile": {"tile": 48},
+    "inter_slice": {"inter_slice": 192},
+    "hidden_slice": {"hidden_slice": 384},
+    "depth": {"depth": 3},
+    "partials": {"partials": 0},
+}
+
+
+@pytest.mark.parametrize(("field", "change"), PLANS.items(), ids=PLANS)
+def test_wrong_plans(field, change):
+    with pytest.raises(ArgumentError, match=rf"plan\.{field}"):
+        call(plan=dataclasses.replace(PLAN, **change), implementation="interpret")
+
+
+def test_float8_tokens_need_float8_weights():
+    layer = oracle.random_layer(1, 8, dtype="bfloat16", activation_dtype="float8_e4m3fn")
+    with pytest.raises(ArgumentError, match=r"weights\.gate has dtype bfloat16"):
+        call(layer)
+
+
+def test_a_plan_too_large_says_what_it_needs():
+    huge = fused_moe.Plan(tile=65536, inter_slice=256, hidden_slice=512)
+    with pytest.raises(UnsupportedError, match="MiB of VMEM"):
+        call(plan=huge, implementation="interpret")
+
+
+def test_experts_that_devices_cannot_share():
+    mesh = Mesh(np.array(jax.devices()[:3]), ("x",))
+    with pytest.raises(ArgumentError, match="num_experts is 8; needs a multiple of 3"):
+        call(mesh=mesh)
+
+
+def test_an_axis_that_the_mesh_does_not_have():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    with pytest.raises(ArgumentError, match="axis_name"):
+        call(mesh=mesh, axis_name="y")
+
+
+def test_the_kernel_is_not_for_a_cpu():
+    with pytest.raises(UnsupportedError, match="implementation='grouped'"):
+        call(implementation="pallas")
+
+
+def test_the_reference_is_for_one_device():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    with pytest.raises(UnsupportedError, match="one device"):
+        call(mesh=mesh, implementation="reference")
+
+
+VALUES = {
+    "an id too high": (changed(ids=np.where(LAYER.ids == 3, 8, LAYER.ids)), "expert_ids has 8"),
+    "an id below -1": (changed(ids=np.where(LAYER.ids == 3, -2, LAYER.ids)), "expert_ids has -2"),
+    "a weight that is no number": (
+        changed(expert_weights=np.full_like(LAYER.expert_weights, np.nan)),
+        "expert_weights has nan",
+    ),
+}
+
+
+@pytest.mark.parametrize(("layer", "message"), VALUES.values(), ids=VALUES)
+def test_values_are_checked_on_request(layer, message):
+    with pytest.raises(ArgumentError, match=message):
+        call(layer, validate=True)
+    call(layer)
+
+
+def test_values_cannot_be_checked_in_a_trace():
+    with pytest.raises(ArgumentError, match="traced"):
+        jax.jit(lambda *args: fused_moe.fused_moe(*args, validate=True))(*LAYER.args())
+
+
+def test_good_values_pass_the_check():
+    call(validate=True)
+
+
+@pytest.mark.parametrize(("chip", "there"), [("tpu7x", True), ("v6e", True), ("v5e", False)])
+def test_supports_answers_for_absent_chips(chip, there):
+    assert fused_moe.supports(*LAYER.args(), chip=chip, **LAYER.options) is there
+
+
+def test_explain_says_which_plan_and_why():
+    found = fused_moe.explain(*LAYER.args(), chip="tpu7x", axes=[("x", 4)], **LAYER.options)
+    assert found.source == "model"
+    assert "MiB VMEM" in str(found)
+    assert found.vmem_bytes < found.vmem_limit
