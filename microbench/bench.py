@@ -18,7 +18,6 @@ from microbench.record import Log, record
 from microbench.table import table
 from microbench.timing import time_calls
 from tpukit import chips, errors, interpret
-from tpukit.predict import predict
 
 
 class Exit(enum.IntEnum):
@@ -158,6 +157,7 @@ class Bench:
 
     def _time(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
         on_tpu = jax.default_backend() == "tpu"
+        case = suite.timed(case)
         label = "tpu kernel, wall clock, measured" if on_tpu else "cpu reference, measured"
         function = suite.kernel_fn(case) if on_tpu else suite.reference_fn(case)
         timing = time_calls(function, suite.inputs(case, self.options.seed))
@@ -179,7 +179,7 @@ class Bench:
 
     def _aot(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
         rows = []
-        for chip in self.options.chips:
+        for chip in self._chips(suite, case):
             plan = suite.plan(case, chip)
             floor = static.floor_us(suite.cost(case), chips.chip(chip))
             try:
@@ -199,12 +199,19 @@ class Bench:
             rows.append({"case": case.name, "chip": chip, **shown})
         return rows
 
-    def _predict(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
-        fn, args = suite.steered(case, self.options.seed)
-        rows = []
+    def _chips(self, suite: Suite, case: Case) -> list[str]:
+        """The chips that were asked for and that the case is for; says which are left out."""
+        there = suite.chips(case)
         for chip in self.options.chips:
+            if chip not in there:
+                print(f"{case.name}: not for {chip}, but for {', '.join(there)}")
+        return [chip for chip in self.options.chips if chip in there]
+
+    def _predict(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
+        rows = []
+        for chip in self._chips(suite, case):
             try:
-                found = predict(fn, *args, chip=chip, spans=bool(self.options.trace))
+                found = predicted.case(suite, case, chip, self.options)
             except _REFUSALS as error:
                 self.statuses.append(Exit.UNSUPPORTED)
                 print(f"\n{case.name} on {chip}: {error}")

@@ -104,6 +104,14 @@ class Suite(Protocol):
         """Compares the kernel with the specification; at a reduced size where it is interpreted."""
         ...
 
+    def timed(self, case: Case) -> Case:
+        """The case to time on this machine: itself, or one that fits."""
+        ...
+
+    def chips(self, case: Case) -> tuple[str, ...]:
+        """The chips that the case is for."""
+        ...
+
     def reference_fn(self, case: Case) -> Callable[..., Any]:
         """The specification in its fast form, jitted."""
         ...

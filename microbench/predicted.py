@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from microbench.case import Case
+from microbench.case import Case, Suite
 from microbench.cli import Options
-from tpukit.predict import Prediction, timeline
+from tpukit.predict import MeshPrediction, Prediction, predict, predict_mesh, timeline
 
 
-def figures(prediction: Prediction) -> dict[str, Any]:
-    """One row about a predicted case; its kernels added up, the rest of the longest one."""
+def case(suite: Suite, case: Case, chip: str, options: Options) -> Prediction | MeshPrediction:
+    """Predicts a case: on one device, or on all of the mesh that it has the devices for."""
+    spans = bool(options.trace)
+    if int(case.params.get("devices", 1)) == 1:  # pyright: ignore[reportArgumentType]
+        fn, args = suite.steered(case, options.seed)
+        return predict(fn, *args, chip=chip, spans=spans)
+    target, arguments = suite.aot_target(case)
+    arguments["seed"] = options.seed
+    wraps = bool(case.params.get("wraps", False))
+    return predict_mesh(target, chip, arguments, wraps=wraps, spans=(0,) if spans else ())
+
+
+def figures(prediction: Prediction | MeshPrediction) -> dict[str, Any]:
+    """One row about a predicted case.
+
+    Of several kernels the sums, and the rest of the longest one; of several devices the last one.
+    """
+    if isinstance(prediction, MeshPrediction):
+        return mesh_figures(prediction)
     longest = max(prediction.kernels, key=lambda kernel: kernel.cycles)
     return {
         "predicted us": prediction.milliseconds * 1e3,
@@ -28,8 +46,31 @@ def figures(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def save(prediction: Prediction, case: Case, options: Options) -> None:
+def mesh_figures(prediction: MeshPrediction) -> dict[str, Any]:
+    """The same for a mesh, and what its links do."""
+    last = max(prediction.kernels, key=lambda kernel: kernel.cycles)
+    return {
+        "predicted us": prediction.milliseconds * 1e3,
+        "kernel us": prediction.kernel_milliseconds * 1e3,
+        "floor us": max(last.floor_milliseconds, prediction.links_milliseconds) * 1e3,
+        "of floor %": 100 * prediction.roofline,
+        "bound by": prediction.binds,
+        "MXU %": 100 * last.use["mxu"],
+        "HBM %": 100 * last.use["hbm"],
+        "VALU %": 100 * last.use["valu"],
+        "DMA wait %": 100 * last.dma_stall,
+        "HBM MB": last.hbm_bytes / 1e6,
+        "link us": prediction.links_milliseconds * 1e3,
+        "hidden %": 100 * prediction.hidden,
+        "sent MB": last.moved.get("to other devices", 0) / 1e6,
+    }
+
+
+def save(prediction: Prediction | MeshPrediction, case: Case, options: Options) -> None:
     """Writes the timeline and the picture where the options ask for them."""
+    if isinstance(prediction, MeshPrediction):  # of one device there is a timeline
+        shown = tuple(kernel for kernel in prediction.kernels if kernel.spans)
+        prediction = dataclasses.replace(prediction, kernels=shown or prediction.kernels[:1])
     name = f"{case.kernel}-{case.name.replace('/', '-')}-{prediction.chip}"
     if options.trace:
         timeline.write_trace(prediction, _folder(options.trace) / f"{name}.json")

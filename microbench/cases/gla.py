@@ -183,6 +183,17 @@ def inputs(case: Case, seed: int) -> Inputs:
     return _inputs(_shape(case), seed)
 
 
+def timed(case: Case) -> Case:
+    """Itself."""
+    return case
+
+
+def chips(case: Case) -> tuple[str, ...]:
+    """All."""
+    del case
+    return gla.SUPPORTED_CHIPS
+
+
 def reference_fn(case: Case) -> Callable[..., Any]:
     """The chunked reference."""
     return jax.jit(_call(_shape(case), reference.chunked))

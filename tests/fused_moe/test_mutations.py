@@ -12,7 +12,7 @@ from tests.fused_moe.test_fused_moe import EAGER, LATE, PLAN, QUANTISED, check_g
 from tpukit import buffers, interpret
 
 # Many tokens have several experts on a device, and there are too few partials for one pass.
-LAYER = oracle.random_layer(7, 80, 8, 5, shared=256, biased=True, masked=0.05, **QUANTISED)
+LAYER = oracle.random_layer(7, 40, 4, 3, biased=True, masked=0.05, **QUANTISED)
 FEW = dataclasses.replace(PLAN, partials=32)
 
 

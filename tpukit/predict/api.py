@@ -209,6 +209,7 @@ def _dump_of(folder: Path, op: hlo.Op, ops: Sequence[hlo.Op]) -> str | None:
 
 
 def glue(folder: Path, ops: Sequence[hlo.Op], constants: Rates) -> list[GluePrediction]:
+    """What XLA runs around the kernels."""
     constants = dataclasses.replace(constants, bandwidth=constants.xla_bandwidth)
     found = []
     done: dict[str, float | None] = {}

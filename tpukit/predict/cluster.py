@@ -160,6 +160,9 @@ class Cluster:
         if sender.spans is not None:
             what = f"{size} bytes to device {device} at {place:#x}"
             sender.spans.append(Span("to other devices", sender.now, int(arrival), what))
+        if receiver.spans is not None:
+            what = f"{size} bytes from device {sender.number}"
+            receiver.spans.append(Span("from other devices", int(ready), int(arrival), what))
 
     def deliver(self, device: int, arrival: float, flag: int, amount: int) -> None:
         """Something reaches a semaphore of a device."""

@@ -354,6 +354,7 @@ class Machine:
 
 
 def space(address: int) -> str:
+    """The memory that an address of a general transfer is in."""
     if address >= HBM_BASE:
         return "hbm"
     return "smem" if address >= SMEM_BASE else "vmem"

@@ -19,7 +19,7 @@ from tpukit.predict.cluster import Cluster
 from tpukit.predict.links import Links, grid_of, link_rates
 from tpukit.predict.machine import Operand
 from tpukit.predict.rates import rates
-from tpukit.predict.report import GluePrediction, KernelPrediction, summarise
+from tpukit.predict.report import GluePrediction, KernelPrediction, kernel_lines, summarise
 from tpukit.predict.scalars import kernel_calls
 
 
@@ -62,6 +62,24 @@ class MeshPrediction:
         return self.kernel_milliseconds + self.glue_milliseconds
 
     @property
+    def roofline(self) -> float:
+        """Fraction of the roofline reached: of HBM, matrix units or links, by what binds."""
+        floor = max(max(x.floor_milliseconds for x in self.kernels), self.links_milliseconds)
+        return floor / self.milliseconds
+
+    @property
+    def binds(self) -> str:
+        """What the time is spent on: "links", or what binds the last device."""
+        if self.links_milliseconds >= 0.75 * self.kernel_milliseconds:
+            return "links"
+        return max(self.kernels, key=lambda kernel: kernel.cycles).binds
+
+    def text(self) -> str:
+        """A paragraph about the mesh, and the report of the device that is done last."""
+        last = max(self.kernels, key=lambda kernel: kernel.cycles)
+        return "\n".join([str(self), *kernel_lines(last)])
+
+    @property
     def hidden(self) -> float:
         """Share of the links' time that passes while devices compute."""
         if not self.links_milliseconds:
@@ -86,11 +104,11 @@ class MeshPrediction:
 def predict_mesh(
     target: str,
     chip: str,
+    arguments: Mapping[str, Any],
     *,
     wraps: bool = False,
     spans: Sequence[int] = (),
     timeout: float = 600.0,
-    **kwargs: Any,
 ) -> MeshPrediction:
     """Predicts a program that runs one kernel on every device of a mesh.
 
@@ -102,10 +120,10 @@ def predict_mesh(
         `(fn, args, options)` whose options have `mesh_axes`. Arguments whose values steer the
         kernel are arrays, whole ones; the others are shapes.
       chip: a name in `tpukit.predict.links.LINK_RATES`.
+      arguments: plain values for the function.
       wraps: whether the ends of dimensions longer than two are linked.
       spans: the devices for which to keep what happened when.
       timeout: seconds the compilation may take.
-      **kwargs: plain values for the function.
 
     Raises:
       ArgumentError, UnsupportedError: no such chip, constants that are not known, more than one
@@ -114,10 +132,10 @@ def predict_mesh(
         `predict` does.
     """
     constants, links = rates(chip), link_rates(chip)
-    fn, args, options = _built(target, chip, kwargs)
+    fn, args, options = _built(target, chip, arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        answer = aot.compile_and_dump(target, chip, folder, timeout=timeout, **kwargs)
+        answer = aot.compile_and_dump(target, chip, folder, timeout=timeout, **arguments)
         ops = hlo.parse(answer["hlo"])
         kernels = [op for op in ops if op.kernel and op.core == "tensorcore"]
         if len(kernels) != 1:
@@ -156,11 +174,11 @@ def predict_mesh(
     )
 
 
-def _built(target: str, chip: str, kwargs: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+def _built(target: str, chip: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """What the target function returns."""
     module, _, name = target.partition(":")
     with aot.as_if_on(chip):
-        fn, args, *rest = getattr(importlib.import_module(module), name)(chip=chip, **kwargs)
+        fn, args, *rest = getattr(importlib.import_module(module), name)(chip=chip, **arguments)
     options = dict(rest[0]) if rest else {}
     if "mesh_axes" not in options:
         raise errors.ArgumentError(

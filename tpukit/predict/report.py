@@ -167,7 +167,7 @@ class Prediction:
         """A report to read."""
         lines = [f"predicted for {self.chip}: {self.milliseconds:.4f} ms"]
         for kernel in self.kernels:
-            lines += _kernel_lines(kernel)
+            lines += kernel_lines(kernel)
         large = [op for op in self.glue if op.milliseconds > 0.01 * self.milliseconds]
         rest = sum(op.milliseconds for op in self.glue if op not in large)
         lines += [f"  {op.name} ({op.core}, {op.how}): {op.milliseconds:.4f} ms" for op in large]
@@ -175,7 +175,8 @@ class Prediction:
         return "\n".join(lines)
 
 
-def _kernel_lines(kernel: KernelPrediction) -> list[str]:
+def kernel_lines(kernel: KernelPrediction) -> list[str]:
+    """A report on one kernel to read."""
     use = ", ".join(f"{unit} {share:.0%}" for unit, share in kernel.use.items())
     moved = ", ".join(
         f"{way} {size / 1e6:.2f} MB in {kernel.transfers[way]}"

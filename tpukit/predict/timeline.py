@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tpukit.errors import ArgumentError
+from tpukit.predict.mesh import MeshPrediction
 from tpukit.predict.report import KernelPrediction, Prediction
 
 _TRACKS = ("issue", "matrix units", "waits", "hbm_to_vmem", "vmem_to_hbm")
 
 
-def trace_events(prediction: Prediction) -> dict[str, Any]:
+def trace_events(prediction: Prediction | MeshPrediction) -> dict[str, Any]:
     """The run as a Chrome trace: one process a kernel, one track each for issue, waits and DMAs.
 
     Times are in microseconds from the start of the first kernel. A span of the track `issue` is
@@ -61,7 +62,7 @@ def _name(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
     return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}
 
 
-def write_trace(prediction: Prediction, path: Path) -> None:
+def write_trace(prediction: Prediction | MeshPrediction, path: Path) -> None:
     """Writes `trace_events` to a file.
 
     Raises:
@@ -70,7 +71,7 @@ def write_trace(prediction: Prediction, path: Path) -> None:
     path.write_text(json.dumps(trace_events(prediction)))
 
 
-def draw(prediction: Prediction, path: Path) -> None:
+def draw(prediction: Prediction | MeshPrediction, path: Path) -> None:
     """Draws one page per kernel side by side: cycles by loop, stalls by place, use of the units.
 
     Needs matplotlib.
