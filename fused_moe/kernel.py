@@ -42,7 +42,8 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     if problem.num_devices > 1:
         scatter.enter()
     scatter.send_lists()
-    scatter.send_tokens()
+    if problem.num_devices > 1:
+        scatter.send_tokens()
     visits.start_first(visits.experts[:-1])
     scatter.receive_lists()
     visits.list_visits()

@@ -110,7 +110,8 @@ class Scatter(Plumbing):
             local,
         )
         start(self.hbm.own_entries, part(self.hbm.entries, self.me, layout.entry_rows), local)
-        repeat(self.problem.num_devices - 1, send)
+        if self.problem.num_devices > 1:
+            repeat(self.problem.num_devices - 1, send)
         wait(part(self.hbm.heads, self.me, layout.head_rows), local)
         wait(self.hbm.own_entries, local)
 

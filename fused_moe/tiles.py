@@ -276,8 +276,9 @@ class Tiles(Rings):
             lax.fori_loop(middle, end, lambda r, _: several(device, r), None)
 
         loops(self.me, None)
-        others = self.problem.num_devices - 1
-        repeat(others, lambda i: loops(self.other(i), self.other(i)))
+        if self.problem.num_devices > 1:
+            others = self.problem.num_devices - 1
+            repeat(others, lambda i: loops(self.other(i), self.other(i)))
 
     def wait_storing(self) -> None:
         """Waits until the last tile's sums are among the partials."""

@@ -1,0 +1,71 @@
+"""Compiled by the real compiler, for every chip and model; and what its figures must be."""
+
+import dataclasses
+
+import pytest
+
+import fused_moe
+from microbench.cases import fused_moe as cases
+from tpukit import aot, errors
+
+BY_NAME = {case.name: case for case in cases.CASES}
+PAIRS = [(case.name, chip) for case in cases.CASES for chip in cases.chips(case)]
+
+
+def compiled(case, chip, **changes):
+    params = {**case.params, **changes}
+    fn, args, options = cases.build(chip, 0, **params)
+    return aot.compile_for(fn, *args, chip=chip, describe="fused_moe", **options)
+
+
+@pytest.mark.parametrize(("name", "chip"), PAIRS)
+def test_published_models_compile_with_default_plans(name, chip):
+    found = compiled(BY_NAME[name], chip)
+    assert found.kernels == ("fused_moe.1",)
+    assert found.compile_seconds < 30
+
+
+def test_headline_fits_where_it_must():
+    found = compiled(BY_NAME["ling-2.6-1t/prefill"], "tpu7x")
+    assert found.temp_bytes <= 0.3e9
+
+
+KINDS = {
+    "64 devices": ("tpu7x", {"devices": 64}),
+    "one device": ("tpu7x", {"devices": 1, "experts": 16}),
+    "bfloat16": ("v5e", {"dtype": "bfloat16", "rows": "bfloat16"}),
+    "float8 weights": ("v6e", {"rows": "bfloat16"}),
+    "float8 back": ("tpu7x", {"back": "float8_e4m3fn"}),
+    "blocks": ("v6e", {"block": 128}),
+    "gelu and biases": ("tpu7x", {"activation": "gelu", "biased": True}),
+    "no shared expert": ("tpu7x", {"shared": 0}),
+}
+
+
+@pytest.mark.parametrize(("chip", "changes"), KINDS.values(), ids=KINDS)
+def test_kinds_compile(chip, changes):
+    compiled(BY_NAME["ling-2.6-flash/decode"], chip, **changes)
+
+
+def test_what_is_unsupported_says_so():
+    with pytest.raises(errors.UnsupportedError, match="no float8"):
+        compiled(BY_NAME["ling-2.6-flash/decode"], "v5e")
+    with pytest.raises(errors.UnsupportedError, match="v5p"):
+        fused_moe.explain(*_arguments(), chip="v5p", activation_dtype="float8_e4m3fn")
+
+
+def _arguments():
+    shape = cases._shape(BY_NAME["ling-2.6-flash/decode"])
+    tokens, routed, shared, ids, weights = cases._specs(shape)
+    return tokens, dataclasses.replace(routed, shared=shared), ids, weights
+
+
+@pytest.mark.parametrize(("tile", "most"), [(160, 19_000), (256, 26_000)])
+def test_tiles_take_few_bundles(tile, most):
+    case = BY_NAME["ling-2.6-1t/prefill"].override({"tile": str(tile)})
+    target, arguments = cases.aot_target(case)
+    report = aot.static_report(target, "tpu7x", **arguments)
+    figures = cases.figures(case, report)
+    assert figures["tile"] == tile
+    assert figures["tile bundles"] <= most
+    assert figures["FFN1 MXU slots %"] >= 80
