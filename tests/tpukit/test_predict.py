@@ -167,13 +167,25 @@ def test_a_missing_operand_is_an_error(dump):
 
 def test_scalars_in_memory_are_known_until_they_are_overwritten(dump):
     machine = Machine(load(dump("tpu7x"), "tpu7x"), rates("tpu7x"), operands())
-    ((start, words),) = machine.scalars
+    start = min(machine.words)
+    words = [word for place in sorted(machine.words) for word in machine.words[place]]
     machine.transfer("dma.vmem_to_smem", 0, start, 2, 7000, 3)
-    assert [machine.mem.get(7000 + i) for i in range(17)] == [*map(int, words), None]
+    assert [machine.mem.get(7000 + i) for i in range(17)] == [*words, None]
     machine.transfer("dma.hbm_to_vmem", 0, 1 << 25, 1, start + 1, 3)
-    assert not machine.scalars
-    machine.transfer("dma.vmem_to_smem", 0, start, 1, 7000, 3)
-    assert [machine.mem.get(7000 + i) for i in (0, 7, 8)] == [None, None, int(words[8])]
+    assert set(machine.words) == {start}
+    machine.transfer("dma.vmem_to_smem", 0, start, 2, 7000, 3)
+    assert [machine.mem.get(7000 + i) for i in (0, 7, 8)] == [words[0], words[7], None]
+
+
+def test_scalars_move_within_memory_unless_they_are_strided(dump):
+    machine = Machine(load(dump("tpu7x"), "tpu7x"), rates("tpu7x"), operands())
+    start = min(machine.words)
+    contents = machine.words[start]
+    there, further = min(machine.ends), min(machine.ends) + 8
+    machine.transfer("dma.hbm_to_hbm", 0, start, 1, there, 3)
+    assert machine.words[there] == contents
+    machine.transfer("dma.hbm_to_hbm", 0, start, 1, further, 3, 128, 1)
+    assert further not in machine.words
 
 
 def matmul_program(chip, cycles):

@@ -155,7 +155,7 @@ class Cluster:
             receiver.receive(target, contents if sender.plain(fields) else [None] * granules)
         sender.totals.moved["to other devices"] += size
         sender.totals.transfers["to other devices"] += 1
-        sender.complete_at(left, own, granules)
+        sender.complete_at(left, own & _DMA_FLAG, granules)
         self.deliver(device, arrival + rates.hbm_latency, flag & _DMA_FLAG, granules)
         if sender.spans is not None:
             what = f"{size} bytes to device {device} at {place:#x}"

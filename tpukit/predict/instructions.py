@@ -84,7 +84,7 @@ TRANSFERS = {
     "dma.hbm_to_hbm",
     "dma.general",
 }
-WAITS = {"dma.done.wait", "vwait.ge"}
+WAITS = {"dma.done.wait", "vwait.ge", "vwait.ge.trace"}
 _SYNCHRONISATION = {*WAITS, "vsyncadd", "vsyncadd.remote", "vsyncpa", "vsyncset", "vsyncmov"}
 _CONTROL = {"sbr.rel", "shalt.err", "sphi"}
 DIVISION = {"sdivrem.u32", "sdivrem.s32"}

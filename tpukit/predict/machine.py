@@ -96,9 +96,9 @@ class Machine:
             transfers=collections.Counter(),
         )
         self.spans: list[Span] | None = None
-        self.words: dict[int, tuple[int, ...]] = {}  # known contents of HBM, by granule
+        self.words: dict[int, tuple[int, ...]] = {}  # known contents of operands, by granule
         self.holding: dict[int, int] = {}  # end of each operand that holds some, by its begin
-        self.ends: dict[int, int] = {}  # end of each operand in HBM, by its begin
+        self.ends: dict[int, int] = {}  # end of each operand, by its begin
         self._units: tuple[tuple[int, ...], ...] = ((),) * rates.mxus
         self._stalls: dict[Any, tuple[int, tuple[tuple[int, ...], ...]]] = {}
         self._costs = [
@@ -263,7 +263,7 @@ class Machine:
                         self.mem[place + word] = words[word]
         elif direction == "hbm_to_hbm" and self.plain(fields):
             self.receive(destination, [self.words.get(source + i) for i in range(granules)])
-        elif direction.endswith("to_hbm"):
+        else:
             self._forget(destination, granules)
 
     def plain(self, fields: tuple[Any, ...]) -> bool:
