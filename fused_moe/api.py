@@ -469,7 +469,7 @@ def launch(
     interpret: Any,
 ) -> jax.Array:
     """Brings the arguments into the kernel's layout and runs it."""
-    me = lax.axis_index([name for name, _ in problem.axes]) if problem.axes else 0
+    me = lax.axis_index(tuple(name for name, _ in problem.axes)) if problem.axes else 0
     lists, tails = describe(
         expert_ids, expert_weights, problem.num_experts, problem.num_devices, me
     )

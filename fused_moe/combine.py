@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class Combine(Plumbing):
     def brought(self) -> Stream:
         """Slot by slot, what a block's tokens got back."""
 
-        def copies(index: Index, slot: jax.Array) -> list[pltpu.AsyncCopyDescriptor]:
+        def copies(index: Index, slot: jax.Array) -> list[Any]:
             block, j = divide(index, self.problem.slots)
             count = self.count(block)
             first = j * self.problem.num_tokens + block * self.plan.tile
@@ -42,7 +43,7 @@ class Combine(Plumbing):
             source = rows(self.hbm.returned, first, count)
             return [pltpu.make_async_copy(source, target, self.vmem.sems.load.at[slot])]
 
-        return Stream(copies, 2, lambda index: index < self.blocks * self.problem.slots)
+        return Stream(copies, 2, lambda index: jnp.int32(index) < self.blocks * self.problem.slots)
 
     def run(self) -> None:
         """Waits for the results of other devices and adds up all blocks."""
@@ -87,7 +88,7 @@ class Combine(Plumbing):
 
         repeat(count // ROWS, group)
 
-    def brought_by(self, tail: jax.Array, j: jax.Array) -> jax.Array:
+    def brought_by(self, tail: jax.Array, j: Index) -> jax.Array:
         """[R, 1] whether slot j holds the last of a token's experts on its device."""
         layout, lane = self.problem.layout, lanes(tail.shape)
         in_slots = lane < self.problem.top_k
@@ -105,7 +106,7 @@ class Combine(Plumbing):
         """Writes a block of the output."""
         groups = count // ROWS
 
-        def copies(group: Index, slot: jax.Array) -> list[pltpu.AsyncCopyDescriptor]:
+        def copies(group: Index, slot: jax.Array) -> list[Any]:
             first = block * self.plan.tile + group * ROWS
             target = rows(self.hbm.output, first, ROWS)
             return [

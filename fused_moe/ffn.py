@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -28,12 +30,12 @@ def product(
         weight = weight.astype(x.dtype)
     blocks = 1 if scale is None else scale.shape[0]
     size = x.shape[1] // blocks
-    y = None
+    parts = []
     for b in range(blocks):
         inputs = slice(b * size, (b + 1) * size)
         part = jnp.dot(x[:, inputs], weight[inputs], preferred_element_type=F32)
         if scale is not None:
             part *= scale[b : b + 1]
-        y = part if y is None else y + part
-    y *= factor
+        parts.append(part)
+    y = functools.reduce(jnp.add, parts) * factor
     return y if bias is None else y + bias

@@ -7,6 +7,7 @@ experts (tokens are gathered, partial results are summed and scattered), or a pa
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,13 +141,13 @@ def expert_parallel(
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     axes: AxisNames,
-    **options: object,
+    **options: Any,
 ) -> jax.Array:
     """`local_layer` with tokens and experts split over mesh axes, inside `shard_map`."""
     if not axes:
         return local_layer(tokens, weights, expert_ids, expert_weights, **options).astype(
             tokens.dtype
-        )  # type: ignore[arg-type]
+        )
 
     def everywhere(x: jax.Array) -> jax.Array:
         return lax.all_gather(x, axes, tiled=True)
@@ -156,13 +157,13 @@ def expert_parallel(
     known = chosen(ids, here * lax.axis_size(axes))
     ids = jnp.where(known, ids - lax.axis_index(axes) * here, -1)
     routed = dataclasses.replace(weights, shared=None)
-    out = local_layer(everywhere(tokens), routed, ids, everywhere(expert_weights), **options)  # type: ignore[arg-type]
+    out = local_layer(everywhere(tokens), routed, ids, everywhere(expert_weights), **options)
     out = lax.psum_scatter(out, axes, tiled=True)
     if weights.shared is not None:
         shared = jax.tree.map(lambda w: w[None], weights.shared)
         nobody = jnp.zeros((tokens.shape[0], 1), jnp.int32)
         ones = jnp.ones((tokens.shape[0], 1), jnp.float32)
-        out += local_layer(tokens, shared, nobody, ones, **options)  # type: ignore[arg-type]
+        out += local_layer(tokens, shared, nobody, ones, **options)
     return out.astype(tokens.dtype)
 
 
@@ -172,7 +173,7 @@ def tensor_parallel(
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     axes: AxisNames,
-    **options: object,
+    **options: Any,
 ) -> jax.Array:
     """`local_layer` with the intermediate dimension split over mesh axes; tokens are whole."""
     out = local_layer(
@@ -181,6 +182,6 @@ def tensor_parallel(
         expert_ids,
         expert_weights,
         tensor_axes=axes,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     return lax.psum(out, axes).astype(tokens.dtype)

@@ -97,14 +97,15 @@ def fused_moe_kernel(
     def body(*refs: Any) -> None:
         given, made, vmem = refs[: len(inputs)], refs[-1 - len(outputs) : -1], refs[-1]
         held = jax.tree.unflatten(structure, given[len(inputs) - len(leaves) :])
-        layer(problem, plan, Operands(*given[: -len(leaves)], held, *made), vmem)
+        hbm = Operands._make((*given[: -len(leaves)], held, *made))
+        layer(problem, plan, hbm, vmem)
 
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
     output, *_ = pl.pallas_call(
         body,
         name="fused_moe",
-        in_specs=[hbm] * len(inputs),
-        out_specs=[hbm] * len(outputs),
+        in_specs=[anywhere] * len(inputs),
+        out_specs=[anywhere] * len(outputs),
         out_shape=outputs,
         scratch_shapes=[Scratch.shapes(problem, plan)],
         compiler_params=pltpu.CompilerParams(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fused_moe.dispatch import LANES, Layout, round_up
 from fused_moe.rows import RowFormat
+from reference.fused_moe import Activation
 from tpukit import tuning
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
@@ -67,7 +68,7 @@ class Problem:
     return_dtype: Any
     routed: ExpertShape
     shared: ExpertShape | None
-    activation: str
+    activation: Activation
     limit: float | None
 
     @property

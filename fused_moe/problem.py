@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fused_moe.dispatch import MAX_TOP_K, round_up
 from fused_moe.plan import ROWS, ExpertShape, Problem
 from fused_moe.weights import HIDDEN_MULTIPLE, PROJECTIONS, padded_width
-from reference.fused_moe import ACTIVATIONS, Weights
+from reference.fused_moe import ACTIVATIONS, Activation, Weights
 from tpukit import checks
 from tpukit.errors import ArgumentError
 
@@ -26,7 +26,7 @@ def problem_of(
     expert_weights: Any,
     *,
     axes: tuple[tuple[str, int], ...],
-    activation: str,
+    activation: Activation,
     limit: float | None,
     activation_dtype: Any,
     return_dtype: Any,

@@ -7,6 +7,7 @@ first, to all devices, then those of the second experts, and so on.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ class Scatter(Plumbing):
         """Blocks of tokens and tails coming in, and of packed rows going out."""
         sems, first = self.vmem.sems, self.me * self.problem.num_tokens
 
-        def loads(block: Index, slot: jax.Array) -> list[pltpu.AsyncCopyDescriptor]:
+        def loads(block: Index, slot: jax.Array) -> list[Any]:
             pairs = [(self.hbm.tokens, self.vmem.io), (self.hbm.tails, self.vmem.tails)]
             return [
                 pltpu.make_async_copy(
@@ -75,12 +76,12 @@ class Scatter(Plumbing):
                 for source, target in pairs
             ]
 
-        def stores(block: Index, slot: jax.Array) -> list[pltpu.AsyncCopyDescriptor]:
+        def stores(block: Index, slot: jax.Array) -> list[Any]:
             place = rows(self.hbm.received, first + block * ROWS, ROWS)
             return [pltpu.make_async_copy(self.packed(slot), place, sems.store.at[slot])]
 
         def exists(block: Index) -> jax.Array:
-            return (block >= 0) & (block < blocks)
+            return (jnp.int32(block) >= 0) & (block < blocks)
 
         return Stream(loads, IO_DEPTH, exists), Stream(stores, IO_DEPTH, exists)
 

@@ -64,7 +64,7 @@ class Rings(Plumbing):
         width = self.plan.hidden_slice if down else self.plan.inter_slice
         sems = self.vmem.sems.down if down else self.vmem.sems.gate_up
 
-        def copies(index: Index, slot: jax.Array) -> list[pltpu.AsyncCopyDescriptor]:
+        def copies(index: Index, slot: jax.Array) -> list[Any]:
             visit, part = divide(index - first, count)
             expert = experts.expert(visit + experts.first)
             columns = pl.ds(pl.multiple_of(part * width, width), width)

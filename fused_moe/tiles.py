@@ -9,6 +9,7 @@ experts it is their turn.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -272,7 +273,7 @@ class Tiles(Rings):
         def loops(s: jax.Array, device: Any) -> None:
             begin, middle, end = (spans[slot, 2 * s + i] for i in range(3))
             if alone is not None:
-                each(begin, middle, lambda r: alone(device, r))
+                each(begin, middle, functools.partial(alone, device))
             lax.fori_loop(middle, end, lambda r, _: several(device, r), None)
 
         loops(self.me, None)

@@ -132,18 +132,18 @@ def _weights(shape: Shape, *, shared: bool = False) -> fused_moe.Weights:
     lead = () if shared else (shape.experts,)
     narrow = shape.dtype != BFLOAT16
 
-    def matrix(rows: int, columns: int) -> jax.ShapeDtypeStruct:
+    def matrix(rows: int, columns: int) -> Any:
         return jax.ShapeDtypeStruct((*lead, rows, columns), jnp.dtype(shape.dtype))
 
-    def scale(rows: int, columns: int) -> jax.ShapeDtypeStruct | None:
+    def scale(rows: int, columns: int) -> Any:
         blocks = rows // shape.block if shape.block else 1
         return jax.ShapeDtypeStruct((*lead, blocks, columns), jnp.float32) if narrow else None
 
-    def bias(columns: int) -> jax.ShapeDtypeStruct | None:
+    def bias(columns: int) -> Any:
         return jax.ShapeDtypeStruct((*lead, columns), jnp.float32) if shape.biased else None
 
     up, down = (shape.hidden, shape.inter), (shape.inter, shape.hidden)
-    made: Any = fused_moe.Weights(
+    return fused_moe.Weights(
         matrix(*up),
         matrix(*up),
         matrix(*down),
@@ -154,7 +154,6 @@ def _weights(shape: Shape, *, shared: bool = False) -> fused_moe.Weights:
         bias(shape.inter),
         bias(shape.hidden),
     )
-    return made
 
 
 def _ids(shape: Shape, seed: int) -> np.ndarray:

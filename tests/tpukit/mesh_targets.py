@@ -24,9 +24,7 @@ def ring(chip, devices=8, sends=4, ways=1, barrier=True, waits=True, topology=No
             semaphore = pltpu.get_barrier_semaphore()
             pl.semaphore_signal(semaphore, device_id={"x": target})
             pl.semaphore_wait(semaphore, 1)
-        copy = pltpu.make_async_remote_copy(
-            x, out, sems.at[0], sems.at[1], device_id={"x": target}
-        )
+        copy = pltpu.make_async_remote_copy(x, out, sems.at[0], sems.at[1], device_id={"x": target})
         lax.fori_loop(0, sent, lambda _, none: copy.start(), None)
         if waits:
             lax.fori_loop(0, sent, lambda _, none: copy.wait(), None)

@@ -87,7 +87,7 @@ class Links:
         self.beside_per_byte = clock_ghz / (rates.beside.value * speed)
         self.hop = rates.hop.value * 1e3 * clock_ghz / speed
         self.free: collections.defaultdict[object, float] = collections.defaultdict(float)
-        self.busy: collections.Counter[object] = collections.Counter()
+        self.busy: collections.defaultdict[object, float] = collections.defaultdict(float)
         self.routes: dict[tuple[int, int], tuple[tuple[Place, int, int], ...]] = {}
 
     def send(self, source: int, target: int, size: int, now: float) -> tuple[float, float]:
