@@ -111,11 +111,19 @@ class Visits(Tiles):
         """The slices of the shared expert and of the routed ones, in one numbering."""
         return [self.stream(experts, names) for experts in self.experts]
 
-    def start_first(self, experts: tuple[Experts, ...]) -> None:
-        """Fills the rings with the first slices of all, as far as they belong to these experts."""
+    def start_shared(self) -> None:
+        """Starts the very first slices, if they are the shared expert's: no list is needed yet."""
         for names in (("gate", "up"), ("down",)):
-            for one in experts:
-                repeat(self.plan.depth, self.stream(one, names).start)
+            for experts in self.experts[:-1]:
+                self.stream(experts, names).start(0)
+
+    def start_first(self) -> None:
+        """Fills the rings."""
+        begin = len(self.experts) - 1  # what start_shared has started
+        for names in (("gate", "up"), ("down",)):
+            for stream in self.streams(names):
+                for index in range(begin, self.plan.depth):
+                    stream.start(index)
 
     def each_slice(
         self,

@@ -44,11 +44,11 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     scatter.send_lists()
     if problem.num_devices > 1:
         scatter.send_tokens()
-    visits.start_first(visits.experts[:-1])
+    visits.start_shared()
     scatter.receive_lists()
     visits.list_visits()
     visits.open_window(jnp.int32(visits.shared_visits))
-    visits.start_first(visits.experts[-1:])
+    visits.start_first()
     visits.run()
     combine.run()
     scatter.finish()
