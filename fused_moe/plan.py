@@ -19,6 +19,7 @@ from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
 
 ROWS = 32  # rows of a tile of the narrowest type: counts of rows in memory are multiples of it
+PARTIALS_BYTES = 64_000_000
 SMEM_SHARE = 0.5  # of SMEM that the lists may take; the compiler spills its scalars there
 
 
@@ -299,11 +300,15 @@ def fits(problem: Problem, plan: Plan, chip: Chip) -> bool:
 
 
 def expected_partials(problem: Problem) -> int:
-    """Partials for twice the tokens that have several experts on one device, if routing is even."""
+    """Partials for twice the tokens that have several experts on one device, if routing is even.
+
+    At least as many as PARTIALS_BYTES hold: routers prefer groups of experts.
+    """
     rows, k = problem.num_devices * problem.num_tokens, problem.top_k
     here = 1 / problem.num_devices
     several = 1 - (1 - here) ** k - k * here * (1 - here) ** (k - 1)
-    return min(rows, round_up(int(2 * rows * several) + 256, ROWS))
+    cheap = PARTIALS_BYTES // (4 * problem.hidden)
+    return min(rows, round_up(max(int(2 * rows * several) + 256, cheap), ROWS))
 
 
 # Columns of gate and up, columns of down, buffers of each: the first that fits. Deep rings keep HBM

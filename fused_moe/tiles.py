@@ -190,13 +190,18 @@ class Tiles(Rings):
                 each(inside(begin), alone, lambda i: self.take(entries, i, shift + i))
                 r = shift + alone
                 books.spans[slot, 2 * s + 1] = r
-                r = lax.fori_loop(
-                    inside(several),
-                    inside(end),
-                    lambda i, r: self.take_one_of_several(entries, i, r, turn),
-                    r,
-                )
-                return seen + end - begin, r
+                first, last = inside(several), inside(end)
+
+                def take(i: jax.Array, r: jax.Array) -> jax.Array:
+                    return self.take_one_of_several(entries, i, r, turn)
+
+                def take_next(i: jax.Array) -> None:
+                    take(i, r + i - first)
+
+                if self.enough_partials:  # then all are taken
+                    each(first, last, take_next)
+                    return seen + end - begin, r + last - first
+                return seen + end - begin, lax.fori_loop(first, last, take, r)
 
             limit = first_row + self.plan.tile
             start_ = (jnp.int32(0), jnp.int32(0))
@@ -226,15 +231,16 @@ class Tiles(Rings):
     ) -> jax.Array:
         """The same for a token with several experts here, if it is in this pass; returns r + 1."""
         books, code = self.vmem.books, entries[i]
-        token = entries.token(code)
-
-        @pl.when((code & FIRST != 0) & (turn == 0))
-        def _() -> None:
-            number = books.counts[REPEATED]
-            books.partial_of[token] = number
-            books.counts[REPEATED] = number + 1
-
-        place = books.partial_of[token] - turn * self.plan.partials
+        token, number = entries.token(code), books.counts[REPEATED]
+        opens = (code & FIRST != 0) & (turn == 0)
+        place = jnp.where(opens, number, books.partial_of[token])
+        books.partial_of[token] = place
+        books.counts[REPEATED] = number + opens.astype(jnp.int32)
+        if self.enough_partials:
+            books.places[entries.slot, r] = place
+            self.take(entries, i, r)
+            return r + 1
+        place -= turn * self.plan.partials
         wanted = (place >= 0) & (place < self.plan.partials)
 
         @pl.when(wanted)
@@ -274,7 +280,7 @@ class Tiles(Rings):
             begin, middle, end = (spans[slot, 2 * s + i] for i in range(3))
             if alone is not None:
                 each(begin, middle, functools.partial(alone, device))
-            lax.fori_loop(middle, end, lambda r, _: several(device, r), None)
+            each(middle, end, functools.partial(several, device))
 
         loops(self.me, None)
         if self.problem.num_devices > 1:
