@@ -14,9 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
 from fused_moe import grouped
-from fused_moe.dispatch import describe, round_up
+from fused_moe.dispatch import describe
 from fused_moe.kernel import fused_moe_kernel
-from fused_moe.plan import ROWS, Explanation, Plan, Problem, plan_for
+from fused_moe.plan import Explanation, Plan, Problem, plan_for, split
 from fused_moe.problem import FLOAT8, check_options, problem_of
 from reference import fused_moe as reference
 from reference.fused_moe import Activation, Weights
@@ -27,7 +27,6 @@ from tpukit.errors import ArgumentError, UnsupportedError
 
 Implementation = Literal["auto", "pallas", "interpret", "grouped", "reference"]
 SUPPORTED_CHIPS = ("v5e", "v6e", "tpu7x")
-SMEM_WORDS = 3 * 2**15  # that lists may take, of the 2**18 words of every chip
 
 
 def fused_moe(
@@ -364,18 +363,6 @@ def choose(
             )
         check_chip(problem, here)
     return implementation, target
-
-
-def split(problem: Problem) -> tuple[Problem, int]:
-    """The problem of one call of the kernel, and how many it takes for tables to fit SMEM."""
-    calls = 1
-    while True:
-        tokens = round_up(-(-problem.num_tokens // calls), ROWS)
-        part = dataclasses.replace(problem, num_tokens=tokens)
-        words = 2 * part.num_devices * tokens + part.layout.own_words
-        if words <= SMEM_WORDS or tokens == ROWS:
-            return part, calls
-        calls += 1
 
 
 def one_device(

@@ -20,7 +20,7 @@ from tpukit.errors import ArgumentError, UnsupportedError
 
 ROWS = 32  # rows of a tile of the narrowest type: counts of rows in memory are multiples of it
 PARTIALS_BYTES = 64_000_000
-SMEM_SHARE = 0.5  # of SMEM that the lists may take; the compiler spills its scalars there
+SMEM_WORDS = 2**17  # that the lists may take, of the 2**18 of every chip: scalars are spilled there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +235,18 @@ def scalars(problem: Problem, plan: Plan) -> int:
     return lists + 2 * plan.visits(problem) + n * problem.num_tokens + 4 * plan.tile + 4 * n
 
 
+def split(problem: Problem) -> tuple[Problem, int]:
+    """The problem of one call of the kernel, and how many it takes for the lists to fit SMEM."""
+    smallest = Plan(tile=2 * ROWS, inter_slice=LANES, hidden_slice=LANES)  # most tiles to list
+    calls = 1
+    while True:
+        tokens = round_up(-(-problem.num_tokens // calls), ROWS)
+        part = dataclasses.replace(problem, num_tokens=tokens)
+        if scalars(part, smallest) <= SMEM_WORDS or tokens == ROWS:
+            return part, calls
+        calls += 1
+
+
 def hbm_bytes(problem: Problem, plan: Plan) -> int:
     """Bytes of HBM that a device needs besides arguments and output, whatever the ids are."""
     rows = problem.num_devices * problem.num_tokens
@@ -278,7 +290,7 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
         refuse("partials", f"at least {ROWS}")
     for what, needed, there in (
         ("VMEM", vmem_allowed(problem, plan), chip.vmem_bytes),
-        ("SMEM", 4 * scalars(problem, plan), SMEM_SHARE * chip.smem_bytes),
+        ("SMEM", 4 * scalars(problem, plan), 4 * SMEM_WORDS),
     ):
         if needed > there:
             raise UnsupportedError(

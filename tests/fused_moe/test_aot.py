@@ -47,6 +47,13 @@ def test_kinds_compile(chip, changes):
     compiled(BY_NAME["ling-2.6-flash/decode"], chip, **changes)
 
 
+@pytest.mark.parametrize("tokens", [512, 1024, 1184, 2048, 4096, 65536])
+def test_any_number_of_tokens_has_a_plan(tokens):
+    """What does not fit SMEM at once is split into calls that do."""
+    shape = dataclasses.replace(cases._shape(BY_NAME["ling-2.6-1t/prefill"]), tokens=32 * tokens)
+    assert cases._explain(shape, "tpu7x").plan.tile >= 64
+
+
 def test_what_is_unsupported_says_so():
     with pytest.raises(errors.UnsupportedError, match="no float8"):
         compiled(BY_NAME["ling-2.6-flash/decode"], "v5e")
