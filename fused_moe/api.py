@@ -289,7 +289,7 @@ def from_outside(
         "fused_moe", "num_experts", weights.gate.shape[0], devices, "Each device has as many."
     )
     num_tokens = tokens.shape[0]
-    padding = -num_tokens % devices
+    padded = with_padding(tokens, expert_ids, expert_weights, -num_tokens % devices)
     split_ = PartitionSpec(axes)
     shared, routed = weights.shared, dataclasses.replace(weights, shared=None)
 
@@ -302,13 +302,7 @@ def from_outside(
         mesh=mesh,
         in_specs=(split_, split_, PartitionSpec(), split_, split_),
         out_specs=split_,
-    )(
-        jnp.pad(tokens, ((0, padding), (0, 0))),
-        routed,
-        shared,
-        jnp.pad(expert_ids, ((0, padding), (0, 0)), constant_values=-1),
-        jnp.pad(expert_weights, ((0, padding), (0, 0))),
-    )
+    )(padded[0], routed, shared, *padded[1:])
     return out[:num_tokens]
 
 
@@ -421,16 +415,23 @@ def one_device(
     plan = plan_for(part, target, plan).plan
     interpret = pltpu.InterpretParams() if chosen == "interpret" else False
     padding = calls * part.num_tokens - num_tokens
-    tokens = jnp.pad(tokens, ((0, padding), (0, 0)))
-    expert_ids = jnp.pad(expert_ids, ((0, padding), (0, 0)), constant_values=-1)
-    expert_weights = jnp.pad(expert_weights, ((0, padding), (0, 0)))
+    padded = with_padding(tokens, expert_ids, expert_weights, padding)
     outs = []
     for call in range(calls):
         here = slice(call * part.num_tokens, (call + 1) * part.num_tokens)
-        arrays = (tokens[here], expert_ids[here], expert_weights[here])
-        outs.append(launch(*arrays, weights, part, plan, interpret))
+        rows, ids, routing = (x[here] for x in padded)
+        outs.append(launch(rows, ids, routing, weights, part, plan, interpret))
     out = outs[0] if calls == 1 else jnp.concatenate(outs)
     return out[:num_tokens, :hidden]
+
+
+def with_padding(
+    tokens: jax.Array, expert_ids: jax.Array, expert_weights: jax.Array, more: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same with `more` tokens that go nowhere."""
+    rows = ((0, more), (0, 0))
+    ids = jnp.pad(expert_ids, rows, constant_values=-1)
+    return jnp.pad(tokens, rows), ids, jnp.pad(expert_weights, rows)
 
 
 def on_one_device(

@@ -24,10 +24,12 @@ from fused_moe.plumbing import (
     LEAVING,
     LOADING,
     STORING,
+    groups,
     repeat,
     row,
     rows,
     start,
+    total,
     wait_rows,
 )
 from fused_moe.rows import lanes, narrow, row_scale, scale_of
@@ -73,7 +75,7 @@ class Visits(Tiles):
                 wide = jnp.broadcast_to(values, (ROWS, LANES))
                 rows(self.vmem.factors.at[plane], i * ROWS, ROWS)[...] = wide
 
-        repeat((count + ROWS - 1) // ROWS, group)
+        repeat(groups(count), group)
 
     def routed_factors(self, expert: jax.Array) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
         """Scale, weight and whether a sum is resumed, from the tails of a routed expert's rows."""
@@ -133,9 +135,7 @@ class Visits(Tiles):
         action: Callable[..., None],
     ) -> None:
         """action(part, slot) for every slice of a visit, each replaced as soon as it is used."""
-        down = names == ("down",)
-        count = self.downs if down else self.ups(experts)
-        first = experts.first_down if down else experts.first_up
+        first, count = self.numbers(experts, names)
         mine = self.stream(experts, names)
 
         def step(part: jax.Array) -> None:
@@ -197,7 +197,7 @@ class Visits(Tiles):
             wide = jnp.broadcast_to(scale, (ROWS, LANES))
             rows(self.vmem.h_scale, i * ROWS, ROWS)[...] = wide
 
-        repeat((count + ROWS - 1) // ROWS, group)
+        repeat(groups(count), group)
 
     def second_product(self, experts: Experts, visit: jax.Array, count: jax.Array) -> None:
         """Y = weight * (h down), added to what is there for rows that resume a sum."""
@@ -231,7 +231,7 @@ class Visits(Tiles):
             no_tail = jnp.zeros((ROWS, LANES), jnp.int32)
             self.problem.rows_back.store(lambda part: y[:, part], target, no_tail)
 
-        repeat((count + ROWS - 1) // ROWS, group)
+        repeat(groups(count), group)
 
     def wait_leaving(self, slot: Any) -> None:
         """Waits until a buffer of results may be written."""
@@ -287,10 +287,7 @@ class Visits(Tiles):
         def alone(s: jax.Array) -> jax.Array:
             return books.spans[slot, 2 * s + 1] - books.spans[slot, 2 * s]
 
-        count = lax.fori_loop(
-            0, self.problem.num_devices, lambda s, total: total + alone(s), jnp.int32(0)
-        )
-        books.counts[LEAVING + slot] = count
+        books.counts[LEAVING + slot] = total(self.problem.num_devices, alone)
         self.each_row(slot, finished, one_of_several)
 
     def visit_shared(self, experts: Experts, visit: jax.Array) -> None:

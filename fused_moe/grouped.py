@@ -23,7 +23,6 @@ def grouped_product(
     x: jax.Array,
     weight: jax.Array,
     scale: jax.Array | None,
-    bias: jax.Array | None,
     experts: jax.Array,
     counts: jax.Array,
 ) -> jax.Array:
@@ -31,7 +30,7 @@ def grouped_product(
 
     Args:
       x: [R, K], rows of the same expert together.
-      weight, scale, bias: [E, K, N], [E, B, N], [E, N].
+      weight, scale: [E, K, N], [E, B, N].
       experts: [R] expert of each row; E for rows behind those of all experts.
       counts: [E] rows of each expert.
     """
@@ -43,10 +42,12 @@ def grouped_product(
     y = lax.ragged_dot(
         x.astype(kind), weight.astype(kind), counts, preferred_element_type=jnp.float32
     )
-    here = jnp.minimum(experts, weight.shape[0] - 1)
-    if scale is not None:
-        y *= scale[here, 0]
-    return y if bias is None else y + bias[here]
+    return y if scale is None else y * scale[in_range(experts, scale), 0]
+
+
+def in_range(experts: jax.Array, of: jax.Array) -> jax.Array:
+    """Indices for the rows behind those of all experts, too."""
+    return jnp.minimum(experts, of.shape[0] - 1)
 
 
 def local_layer(
@@ -80,10 +81,15 @@ def local_layer(
     y = jnp.zeros_like(y).at[order].set(y).reshape(num_tokens, top_k, -1)
     out = jnp.where(known[..., None], y * expert_weights[..., None], 0.0).sum(axis=1)
     if weights.shared is not None:
-        shared = jax.tree.map(lambda w: w[None], weights.shared)
-        zeros = jnp.zeros(num_tokens, jnp.int32)
-        out += experts_of(tokens, shared, zeros, jnp.full(1, num_tokens, jnp.int32), *options)
+        out += shared_expert(tokens, weights.shared, *options)
     return out
+
+
+def shared_expert(x: jax.Array, weights: Weights, *options: Any) -> jax.Array:
+    """The expert that every row goes to, float32; options as `experts_of`."""
+    only = jax.tree.map(lambda w: w[None], weights)
+    count = x.shape[0]
+    return experts_of(x, only, jnp.zeros(count, jnp.int32), jnp.full(1, count, jnp.int32), *options)
 
 
 def experts_of(
@@ -98,31 +104,25 @@ def experts_of(
 ) -> jax.Array:
     """Both products for rows sorted by expert; see `grouped_product`."""
 
-    def product(x: jax.Array, name: str, biased: bool = True) -> jax.Array:
+    def product(x: jax.Array, name: str, row_scale: jax.Array) -> jax.Array:
         weight, scale, bias = (getattr(weights, name + part) for part in ("", "_scale", "_bias"))
-        return grouped_product(x, weight, scale, bias if biased else None, experts, counts)
+        y = grouped_product(x, weight, scale, experts, counts) * row_scale
+        if bias is None:
+            return y
+        bias = bias[in_range(experts, bias)]
+        if name == "down" and tensor_axes:  # of a sum over devices, so one of them adds it
+            bias = jnp.where(lax.axis_index(tensor_axes) == 0, bias, 0.0)
+        return y + bias
 
-    row_scale = jnp.float32(1)
+    scale = h_scale = jnp.float32(1)
     if activation_dtype is not None:
-        x, row_scale = quantise(x, activation_dtype)
-    h = []
-    for name in ("gate", "up"):
-        bias = getattr(weights, f"{name}_bias")
-        y = product(x, name, biased=False) * row_scale
-        here = jnp.minimum(experts, weights.gate.shape[0] - 1)
-        h.append(y if bias is None else y + bias[here])
-    h = gated(h[0], h[1], activation, limit)
-    scale = jnp.float32(1)
+        x, scale = quantise(x, activation_dtype)
+    h = gated(product(x, "gate", scale), product(x, "up", scale), activation, limit)
     if activation_dtype is None:
         h = h.astype(x.dtype)
     else:
-        h, scale = quantise_over(h, activation_dtype, tensor_axes)
-    y = product(h, "down", biased=False) * scale
-    bias = weights.down_bias
-    if bias is None:
-        return y
-    first = lax.axis_index(tensor_axes) == 0 if tensor_axes else True
-    return y + jnp.where(first, bias[jnp.minimum(experts, bias.shape[0] - 1)], 0.0)
+        h, h_scale = quantise_over(h, activation_dtype, tensor_axes)
+    return product(h, "down", h_scale)
 
 
 def quantise_over(h: jax.Array, dtype: DTypeLike, axes: AxisNames) -> tuple[jax.Array, jax.Array]:
@@ -160,10 +160,8 @@ def expert_parallel(
     out = local_layer(everywhere(tokens), routed, ids, everywhere(expert_weights), **options)
     out = lax.psum_scatter(out, axes, tiled=True)
     if weights.shared is not None:
-        shared = jax.tree.map(lambda w: w[None], weights.shared)
-        nobody = jnp.zeros((tokens.shape[0], 1), jnp.int32)
-        ones = jnp.ones((tokens.shape[0], 1), jnp.float32)
-        out += local_layer(tokens, shared, nobody, ones, **options)
+        how = (options[name] for name in ("activation", "limit", "activation_dtype"))
+        out += shared_expert(tokens, weights.shared, *how, ())
     return out.astype(tokens.dtype)
 
 

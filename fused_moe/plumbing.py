@@ -226,6 +226,11 @@ def repeat(times: Any, action: Callable[[jax.Array], None]) -> None:
     lax.fori_loop(0, times, lambda i, _: action(i), None)
 
 
+def total(times: Any, of: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """of(0) + ... + of(times - 1), as a loop of the kernel."""
+    return lax.fori_loop(0, times, lambda i, found: found + of(i), jnp.int32(0))
+
+
 def each(begin: jax.Array, end: jax.Array, action: Callable[[jax.Array], None]) -> None:
     """action(begin), ..., action(end - 1), UNROLL at a time: the scalar core has long latencies."""
     whole = jnp.maximum(end - begin, 0) >> (UNROLL.bit_length() - 1)
@@ -246,6 +251,11 @@ def row(ref: Ref, index: Any) -> Ref:
 def rows(ref: Ref, start: Any, count: Any) -> Ref:
     """Rows of an array; start and count are multiples of ROWS."""
     return ref.at[pl.ds(pl.multiple_of(start, ROWS), count)]
+
+
+def groups(count: jax.Array) -> jax.Array:
+    """Groups of ROWS that hold `count` rows."""
+    return (count + ROWS - 1) // ROWS
 
 
 def wait_rows(array: Ref, semaphore: Ref, count: jax.Array) -> None:

@@ -27,6 +27,7 @@ from fused_moe.plumbing import (
     row,
     rows,
     start,
+    total,
     wait,
     wait_rows,
 )
@@ -138,21 +139,19 @@ class Scatter(Plumbing):
         start(self.hbm.heads, books.heads, local)
         wait(self.hbm.heads, local)
 
-        def arriving(i: jax.Array, total: jax.Array) -> jax.Array:
+        def arriving(i: jax.Array) -> jax.Array:
             device = self.other(i)
             first, end = self.head(device, 0), self.head(device, 2 * layout.experts)
             begin, end = self.span(first, end)
-            return total + end - begin
+            return end - begin
 
-        count = lax.fori_loop(0, others, arriving, jnp.int32(0))
-        wait_rows(self.hbm.entries, entries, count)
-
-        def leaving(i: jax.Array, total: jax.Array) -> jax.Array:
+        def leaving(i: jax.Array) -> jax.Array:
             place = Layout.SEGMENTS + self.other(i)
             begin, end = self.span(books.own[place], books.own[place + 1])
-            return total + end - begin + layout.head_rows
+            return end - begin + layout.head_rows
 
-        wait_rows(self.hbm.entries, sent, lax.fori_loop(0, others, leaving, jnp.int32(0)))
+        wait_rows(self.hbm.entries, entries, total(others, arriving))
+        wait_rows(self.hbm.entries, sent, total(others, leaving))
 
     def finish(self) -> None:
         """Waits until the own tokens have left."""

@@ -56,11 +56,16 @@ class Rings(Plumbing):
         """Slices of down of a visit."""
         return self.problem.hidden // self.plan.hidden_slice
 
+    def numbers(self, experts: Experts, names: tuple[str, ...]) -> tuple[int, int]:
+        """The number of the first slice of these projections, and how many a visit has."""
+        if names == ("down",):
+            return experts.first_down, self.downs
+        return experts.first_up, self.ups(experts)
+
     def stream(self, experts: Experts, names: tuple[str, ...]) -> Stream:
         """The slices of these projections, numbered through all visits."""
         down = names == ("down",)
-        first = experts.first_down if down else experts.first_up
-        count = self.downs if down else self.ups(experts)
+        first, count = self.numbers(experts, names)
         width = self.plan.hidden_slice if down else self.plan.inter_slice
         sems = self.vmem.sems.down if down else self.vmem.sems.gate_up
 

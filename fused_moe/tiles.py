@@ -31,6 +31,7 @@ from fused_moe.plumbing import (
     repeat,
     row,
     start,
+    total,
     wait_rows,
 )
 from fused_moe.slices import Experts, Rings
@@ -98,11 +99,11 @@ class Tiles(Rings):
         books, layout = self.vmem.books, self.problem.layout
 
         def expert(e: jax.Array, count: jax.Array) -> jax.Array:
-            def device(s: jax.Array, total: jax.Array) -> jax.Array:
-                return total + self.head(s, 2 * e + 2) - self.head(s, 2 * e)
+            def of_device(s: jax.Array) -> jax.Array:
+                return self.head(s, 2 * e + 2) - self.head(s, 2 * e)
 
-            total = lax.fori_loop(0, layout.num_devices, device, jnp.int32(0))
-            tiles = (total + self.plan.tile - 1) // self.plan.tile
+            rows = total(layout.num_devices, of_device)
+            tiles = (rows + self.plan.tile - 1) // self.plan.tile
 
             def tile(i: jax.Array) -> None:
                 books.visit_expert[count + i] = e
@@ -148,7 +149,7 @@ class Tiles(Rings):
             expert = books.visit_expert[self.in_pass(tile)[1]]
             window, done = books.windows.at[slot], self.vmem.sems.window.at[slot]
 
-            def device(s: jax.Array, count: jax.Array) -> jax.Array:
+            def device(s: jax.Array) -> jax.Array:
                 begin, end = self.span(self.head(s, 2 * expert), self.head(s, 2 * expert + 2))
                 source, target = s * layout.entry_rows, s * layout.window_rows - begin
 
@@ -156,9 +157,9 @@ class Tiles(Rings):
                     start(row(self.hbm.entries, source + r), row(window, target + r), done)
 
                 lax.fori_loop(begin, end, fetch, None)
-                return count + end - begin
+                return end - begin
 
-            books.counts[WINDOW + slot] = lax.fori_loop(0, layout.num_devices, device, jnp.int32(0))
+            books.counts[WINDOW + slot] = total(layout.num_devices, device)
 
     def gather(self, visit: jax.Array) -> None:
         """Starts fetching the rows of a routed visit, if there is one."""
@@ -212,11 +213,8 @@ class Tiles(Rings):
         """Waits for the rows from other devices that have this expert first."""
         place = self.problem.layout.firsts + expert
 
-        def device(i: jax.Array, total: jax.Array) -> jax.Array:
-            return total + self.head(self.other(i), place)
-
         others = self.problem.num_devices - 1
-        count = lax.fori_loop(0, others, device, jnp.int32(0))
+        count = total(others, lambda i: self.head(self.other(i), place))
         wait_rows(self.hbm.received, self.vmem.sems.arrived.at[expert], count)
 
     def take(self, entries: Entries, i: jax.Array, r: jax.Array) -> None:
