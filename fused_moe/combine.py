@@ -7,86 +7,98 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.dispatch import Layout
 from fused_moe.plan import ROWS
-from fused_moe.plumbing import IO_DEPTH, Plumbing, divide, repeat, rows, start, wait_rows
+from fused_moe.plumbing import IO_DEPTH, Plumbing, Ref, divide, repeat, rows, wait_rows
 from fused_moe.rows import lanes, scale_of
 from tpukit.buffers import Index, Stream
 
 
 @dataclasses.dataclass(frozen=True)
 class Combine(Plumbing):
-    """Blocks of up to plan.tile tokens; a block takes one slot of its tokens after another."""
+    """Blocks of ROWS tokens; a block takes one slot of its tokens after another."""
 
     @property
     def blocks(self) -> int:
         """How many."""
-        return -(-self.problem.num_tokens // self.plan.tile)
-
-    def count(self, block: Index) -> jax.Array:
-        """Tokens of a block."""
-        left = self.problem.num_tokens - block * self.plan.tile
-        return pl.multiple_of(jnp.minimum(left, self.plan.tile), ROWS)
+        return self.problem.num_tokens // ROWS
 
     @property
     def brought(self) -> Stream:
-        """Slot by slot, what a block's tokens got back."""
+        """Slot by slot, what a block's tokens got back, through the buffers of results."""
+        pieces = self.blocks * self.problem.slots
 
         def copies(index: Index, slot: jax.Array) -> list[Any]:
             block, j = divide(index, self.problem.slots)
-            count = self.count(block)
-            first = j * self.problem.num_tokens + block * self.plan.tile
-            target = rows(self.vmem.out.at[slot], 0, count)
-            source = rows(self.hbm.returned, first, count)
-            return [pltpu.make_async_copy(source, target, self.vmem.sems.load.at[slot])]
+            source = rows(self.hbm.returned, j * self.problem.num_tokens + block * ROWS, ROWS)
+            done = self.vmem.sems.brought.at[slot]
+            return [pltpu.make_async_copy(source, self.piece(slot), done)]
 
-        return Stream(copies, 2, lambda index: jnp.int32(index) < self.blocks * self.problem.slots)
+        return Stream(copies, self.plan.pieces, lambda index: jnp.int32(index) < pieces)
+
+    def piece(self, slot: jax.Array) -> Ref:
+        """Where rows of one slot of a block arrive."""
+        return rows(self.vmem.out.at[slot & 1], (slot >> 1) * ROWS, ROWS)
+
+    @property
+    def tails(self) -> Stream:
+        """The tails of a block's tokens."""
+
+        def copies(block: Index, slot: jax.Array) -> list[Any]:
+            source, done = rows(self.hbm.tails, block * ROWS, ROWS), self.vmem.sems.load.at[slot]
+            return [pltpu.make_async_copy(source, self.vmem.tails.at[slot], done)]
+
+        return Stream(copies, IO_DEPTH, lambda block: jnp.int32(block) < self.blocks)
+
+    @property
+    def outputs(self) -> Stream:
+        """Blocks of the output."""
+
+        def copies(block: Index, slot: jax.Array) -> list[Any]:
+            target, done = rows(self.hbm.output, block * ROWS, ROWS), self.vmem.sems.store.at[slot]
+            return [pltpu.make_async_copy(self.vmem.io.at[slot], target, done)]
+
+        return Stream(copies, IO_DEPTH, lambda block: jnp.int32(block) >= 0)
 
     def run(self) -> None:
         """Waits for the results of other devices and adds up all blocks."""
+        brought, tails, outputs = self.brought, self.tails, self.outputs
+        repeat(IO_DEPTH - 1, tails.start)
         returns = self.vmem.books.own[Layout.RETURNS]
         wait_rows(self.hbm.returned, self.vmem.sems.home.at[0], returns)
-        brought = self.brought
-        repeat(2, brought.start)
+        repeat(self.plan.pieces, brought.start)
 
         def block(b: jax.Array) -> None:
-            count = self.count(b)
-            marks = rows(self.vmem.marks, 0, count)
-            tails = rows(self.hbm.tails, b * self.plan.tile, count)
-            start(tails, marks, self.vmem.sems.load.at[2])
-            wait_rows(self.hbm.tails, self.vmem.sems.load.at[2], count)
+            tails.start(b + IO_DEPTH - 1)
+            tails.wait(b)
+            tail = self.vmem.tails[tails.slot(b)]
 
             def take(j: Index, first: bool) -> None:
                 index = b * self.problem.slots + j
                 brought.wait(index)
-                self.add(j, brought.slot(index), count, first=first)
-                brought.start(index + 2)
+                self.add(j, self.piece(brought.slot(index)), tail, first=first)
+                brought.start(index + self.plan.pieces)
 
             take(0, first=True)
             repeat(self.problem.slots - 1, lambda j: take(j + 1, first=False))
-            self.store(b, count)
+            outputs.wait(b - IO_DEPTH)
+            self.vmem.io[outputs.slot(b)] = self.vmem.y[:ROWS].astype(self.problem.dtype)
+            outputs.start(b)
 
         repeat(self.blocks, block)
+        repeat(IO_DEPTH, lambda i: outputs.wait(self.blocks - IO_DEPTH + i))
 
-    def add(self, j: Index, slot: jax.Array, count: jax.Array, *, first: bool) -> None:
+    def add(self, j: Index, words: Ref, tail: jax.Array, *, first: bool) -> None:
         """Adds slot j of a block's tokens, where it brought anything."""
-        fmt, top_k = self.problem.rows_back, self.problem.top_k
-
-        def group(i: jax.Array) -> None:
-            words = rows(self.vmem.out.at[slot], i * ROWS, ROWS)
-            tail = rows(self.vmem.marks, i * ROWS, ROWS)[...]
-            y = rows(self.vmem.y, i * ROWS, ROWS)
-            there = self.brought_by(tail, j) | (j == top_k)
-            scale = jnp.where(there, scale_of(fmt.tail(words)), 0.0) if fmt.scaled else None
-            for part, values in fmt.load(words, there):
-                values = values.astype(jnp.float32)
-                values = values if scale is None else values * scale
-                y[:, part] = values if first else y[:, part] + values
-
-        repeat(count // ROWS, group)
+        fmt, y = self.problem.rows_back, rows(self.vmem.y, 0, ROWS)
+        there = self.brought_by(tail, j) | (j == self.problem.top_k)
+        scale = jnp.where(there, scale_of(fmt.tail(words)), 0.0) if fmt.scaled else None
+        for part, values in fmt.load(words, there):
+            values = values.astype(jnp.float32)
+            values = values if scale is None else values * scale
+            y[:, part] = values if first else y[:, part] + values
 
     def brought_by(self, tail: jax.Array, j: Index) -> jax.Array:
         """[R, 1] whether slot j holds the last of a token's experts on its device."""
@@ -101,25 +113,3 @@ class Combine(Plumbing):
         twin = in_slots & (tail == mine) & (lane < j)
         others = jnp.max((later | twin).astype(jnp.float32), axis=1, keepdims=True)
         return known & (others == 0)
-
-    def store(self, block: jax.Array, count: jax.Array) -> None:
-        """Writes a block of the output."""
-        groups = count // ROWS
-
-        def copies(group: Index, slot: jax.Array) -> list[Any]:
-            first = block * self.plan.tile + group * ROWS
-            target = rows(self.hbm.output, first, ROWS)
-            return [
-                pltpu.make_async_copy(self.vmem.io.at[slot], target, self.vmem.sems.store.at[slot])
-            ]
-
-        out = Stream(copies, IO_DEPTH, lambda group: (group >= 0) & (group < groups))
-
-        def step(group: jax.Array) -> None:
-            out.wait(group - IO_DEPTH)
-            y = rows(self.vmem.y, group * ROWS, ROWS)
-            self.vmem.io[out.slot(group)] = y[...].astype(self.problem.dtype)
-            out.start(group)
-
-        repeat(groups, step)
-        repeat(IO_DEPTH, lambda i: out.wait(groups - IO_DEPTH + i))

@@ -113,19 +113,18 @@ class Visits(Tiles):
         """The slices of the shared expert and of the routed ones, in one numbering."""
         return [self.stream(experts, names) for experts in self.experts]
 
-    def start_shared(self) -> None:
-        """Starts the very first slices, if they are the shared expert's: no list is needed yet."""
+    def start_shared(self, begin: int, end: int) -> None:
+        """Starts slices [begin, end) as far as they are the shared expert's: they need no list."""
         for names in (("gate", "up"), ("down",)):
             for experts in self.experts[:-1]:
-                self.stream(experts, names).start(0)
+                for index in range(begin, end):
+                    self.stream(experts, names).start(index)
 
-    def start_first(self) -> None:
-        """Fills the rings."""
-        begin = len(self.experts) - 1  # what start_shared has started
+    def start_routed(self) -> None:
+        """Fills the rings with slices of routed experts, where the shared one leaves room."""
         for names in (("gate", "up"), ("down",)):
-            for stream in self.streams(names):
-                for index in range(begin, self.plan.depth):
-                    stream.start(index)
+            for index in range(self.plan.depth):
+                self.stream(self.experts[-1], names).start(index)
 
     def each_slice(
         self,
@@ -243,13 +242,13 @@ class Visits(Tiles):
     def visit_routed(self, experts: Experts, visit: jax.Array) -> None:
         """One tile of a routed expert."""
         slot, books = visit & 1, self.vmem.books
-        self.open_window(visit + 1)
         count = books.spans[slot, 2 * self.problem.num_devices]
         wait_rows(self.hbm.received, self.vmem.sems.gathered.at[slot], count)
         self.unpack(slot, count, self.routed_factors(experts.expert(visit)))
-        self.load_partials(slot)
         self.first_products(experts, visit, count)
+        self.load_partials(slot)
         self.gather(visit + 1)
+        self.open_window(visit + 2)
         self.narrow_h(experts, count)
         wait_rows(self.hbm.partials, self.vmem.sems.partial.at[1], books.counts[LOADING])
         books.counts[LOADING] = 0
@@ -290,19 +289,32 @@ class Visits(Tiles):
         books.counts[LEAVING + slot] = total(self.problem.num_devices, alone)
         self.each_row(slot, finished, one_of_several)
 
+    def own_tokens(self, visit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first token of a visit of the shared expert, and how many it has."""
+        first = visit * self.plan.tile
+        count = jnp.minimum(self.problem.num_tokens - first, self.plan.tile)
+        return first, pl.multiple_of(count, ROWS)
+
+    def fetch_own(self, visit: jax.Array) -> None:
+        """Starts fetching the rows of a visit of the shared expert, if there is one."""
+
+        @pl.when(visit < self.shared_visits)
+        def _() -> None:
+            slot = visit & 1
+            first, count = self.own_tokens(visit)
+            own = rows(self.hbm.received, self.me * self.problem.num_tokens + first, count)
+            start(own, rows(self.vmem.words.at[slot], 0, count), self.vmem.sems.gathered.at[slot])
+
     def visit_shared(self, experts: Experts, visit: jax.Array) -> None:
         """One tile of the shared expert: consecutive own tokens."""
         slot, sems = visit & 1, self.vmem.sems
-        first = visit * self.plan.tile
-        count = jnp.minimum(self.problem.num_tokens - first, self.plan.tile)
-        count = pl.multiple_of(count, ROWS)
-        words = rows(self.vmem.words.at[slot], 0, count)
-        own = self.me * self.problem.num_tokens + first
-        start(rows(self.hbm.received, own, count), words, sems.gathered.at[slot])
+        first, count = self.own_tokens(visit)
         wait_rows(self.hbm.received, sems.gathered.at[slot], count)
         one, zero = jnp.ones((ROWS, 1), jnp.float32), jnp.zeros((ROWS, 1), jnp.float32)
         self.unpack(slot, count, lambda tail: (self.scale(tail), one, zero))
         self.first_products(experts, visit, count)
+
+        self.fetch_own(visit + 1)
 
         @pl.when(visit == self.shared_visits - 1)
         def _() -> None:

@@ -39,16 +39,20 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     combine = Combine(problem, plan, me, hbm, vmem)
 
     scatter.pack_tokens()
+    visits.start_shared(0, 1)  # slice by slice: small transfers must not queue behind large ones
     if problem.num_devices > 1:
         scatter.enter()
     scatter.send_lists()
     if problem.num_devices > 1:
         scatter.send_tokens()
-    visits.start_shared()
+    visits.fetch_own(jnp.int32(0))
+    visits.start_shared(1, 2)
     scatter.receive_lists()
+    visits.start_shared(2, plan.depth)
     visits.list_visits()
-    visits.open_window(jnp.int32(visits.shared_visits))
-    visits.start_first()
+    for ahead in range(2):
+        visits.open_window(jnp.int32(visits.shared_visits + ahead))
+    visits.start_routed()
     visits.run()
     combine.run()
     scatter.finish()

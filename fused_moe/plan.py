@@ -140,6 +140,11 @@ class Plan:
             sizes.insert(0, sizes[0] // 4)
         return tuple(sizes)
 
+    @property
+    def pieces(self) -> int:
+        """Blocks of ROWS results that fit the two buffers of tiles, a power of two."""
+        return 1 << ((2 * self.tile // ROWS).bit_length() - 1)
+
     def visits(self, problem: Problem) -> int:
         """Most tiles of routed experts that a device can have in one pass."""
         rows = problem.num_devices * problem.num_tokens
@@ -195,7 +200,6 @@ def buffers(problem: Problem, plan: Plan) -> dict[str, Buffer]:
         "hq": ((tile, inter), problem.row_dtype),
         "h_scale": ((tile, LANES), jnp.float32),
         "y": ((tile, hidden), jnp.float32),
-        "marks": ((tile, LANES), jnp.int32),
         "out": ((2, tile, problem.rows_back.row_words), jnp.uint32),
     }
     if gate_blocks:

@@ -75,7 +75,7 @@ class Sems(NamedTuple):
     """DMA semaphores."""
 
     lists: Ref  # [4] own; sent; heads; entries
-    load: Ref  # [IO_DEPTH] blocks of tokens, or of what came back
+    load: Ref  # [IO_DEPTH] blocks of tokens, or of tails
     store: Ref  # [IO_DEPTH] blocks of packed tokens, or of outputs
     sent: Ref  # [1] rows sent away
     arrived: Ref  # [E_l] rows from other devices whose first expert here this is
@@ -86,6 +86,7 @@ class Sems(NamedTuple):
     leaving: Ref  # [2] results on their way
     partial: Ref  # [2] partials stored; loaded
     home: Ref  # [1] results from other devices
+    brought: Ref  # [pieces] blocks of results
 
 
 class Scratch(NamedTuple):
@@ -104,7 +105,6 @@ class Scratch(NamedTuple):
     h_scale: Ref  # [M, 128] f32
     y: Ref  # [M, hidden] f32
     out: Ref  # [2, M, returned words] u32, results as they travel
-    marks: Ref  # [M, 128] i32 tails
     books: Books
     sems: Sems
 
@@ -156,6 +156,7 @@ class Scratch(NamedTuple):
                 leaving=sems(2),
                 partial=sems(2),
                 home=sems(1),
+                brought=sems(plan.pieces),
             ),
         )
 
@@ -228,7 +229,8 @@ def repeat(times: Any, action: Callable[[jax.Array], None]) -> None:
 
 def total(times: Any, of: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """of(0) + ... + of(times - 1), as a loop of the kernel."""
-    return lax.fori_loop(0, times, lambda i, found: found + of(i), jnp.int32(0))
+    unroll = 4 if isinstance(times, int) else 1
+    return lax.fori_loop(0, times, lambda i, found: found + of(i), jnp.int32(0), unroll=unroll)
 
 
 def each(begin: jax.Array, end: jax.Array, action: Callable[[jax.Array], None]) -> None:

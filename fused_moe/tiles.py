@@ -276,9 +276,12 @@ class Tiles(Rings):
 
         def loops(s: jax.Array, device: Any) -> None:
             begin, middle, end = (spans[slot, 2 * s + i] for i in range(3))
-            if alone is not None:
-                each(begin, middle, functools.partial(alone, device))
-            each(middle, end, functools.partial(several, device))
+
+            @pl.when(begin < end)
+            def _() -> None:
+                if alone is not None:
+                    each(begin, middle, functools.partial(alone, device))
+                each(middle, end, functools.partial(several, device))
 
         loops(self.me, None)
         if self.problem.num_devices > 1:
