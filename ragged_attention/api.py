@@ -1,0 +1,324 @@
+"""The public functions: check, plan, dispatch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from ragged_attention.kernel import ragged_attention_kernel
+from ragged_attention.layout import LANES, KVCache, pack_pages, round_up, to_words, token_rows
+from ragged_attention.plan import Explanation, Plan, Problem, plan_for
+from ragged_attention.problem import Call, problem_of, value_rules
+from ragged_attention.schedule import GROUP_ROWS, Batch
+from reference import ragged_attention as reference
+from tpukit import checks
+from tpukit.chips import Chip, current_chip
+from tpukit.chips import chip as chip_named
+from tpukit.errors import ArgumentError, UnsupportedError
+
+Implementation = Literal["auto", "pallas", "interpret", "reference"]
+SUPPORTED_CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
+
+
+class Attention(NamedTuple):
+    """What attention gives back.
+
+    Attributes:
+      o: [tokens, q_heads, value_dim] in the type of q; 0 where a token sees nothing.
+      cache: the cache with the new rows.
+      lse: [tokens, q_heads] f32 natural logarithm of the softmax's denominator, sinks included,
+        -inf where it is 0; None unless asked for.
+    """
+
+    o: jax.Array
+    cache: KVCache
+    lse: jax.Array | None
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    cache: KVCache,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    page_indices: jax.Array,
+    page_offsets: jax.Array | None = None,
+    num_requests: jax.Array | int | None = None,
+    *,
+    causal: bool = True,
+    window: jax.Array | int | None = None,
+    ancestors: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    soft_cap: float | None = None,
+    sm_scale: float | None = None,
+    q_scale: jax.Array | float | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    temperature_len: int | None = None,
+    return_lse: bool = False,
+    implementation: Implementation = "auto",
+    plan: Plan | None = None,
+    validate: bool = False,
+) -> Attention:
+    """Attention of a ragged batch over a paged cache, which the batch's own keys enter first.
+
+    Decode, verification of drafts, chunked prefill and prefill mix in any order. Request r owns
+    query tokens [cu_q_lens[r], cu_q_lens[r + 1]), the last of its kv_lens[r] tokens. One kernel.
+
+    Args:
+      q: [tokens, q_heads, key_dim] bfloat16 or float32.
+      k, v: [tokens, kv_heads, key_dim] and [tokens, kv_heads, value_dim], the new keys and values,
+        of any float type; written to the cache in the cache's type. None, both: the cache holds
+        everything already (layers that share one), and is not written.
+      cache: pages, see `allocate_kv_cache`. Donate it: it is written in place.
+      kv_lens: [requests] int32 tokens of each request, the new ones included.
+      cu_q_lens: [requests + 1] int32 bounds of query tokens. Made monotone, clipped to [0, tokens].
+      page_indices: int32 pages. [n]: those of all requests, one after another; or a page table
+        [requests, pages], without page_offsets.
+      page_offsets: [requests + 1] int32: request r has pages page_indices[page_offsets[r]:
+        page_offsets[r + 1]].
+      num_requests: how many requests count, a number or int32 []; all by default.
+      causal: a query sees no later position.
+      window: a query sees only so many last positions, itself included: a number, or int32
+        [requests], where 0 means all.
+      ancestors: [tokens, 1 or 2] uint32 tree mask for requests of at most 64 query tokens: bit d of
+        word w says that a token sees its request's query token 32 w + d. Keys before the query
+        tokens are visible; longer requests stay causal.
+      sinks: [q_heads] f32 logits that take part in the softmax and carry no value.
+      soft_cap: logits become soft_cap * tanh(logits / soft_cap).
+      sm_scale: of the logits, key_dim ** -0.5 by default.
+      q_scale: of q: a number or [] (exact), [q_heads], [tokens, 1] or [tokens, q_heads] (rounded to
+        the type of q).
+      k_scale, v_scale: of cached keys and values, a number, [] or [kv_heads]. New ones are divided
+        by it as they are written.
+      temperature_len: logits of a query at position p beyond it are multiplied by
+        log(p) / log(temperature_len).
+      return_lse: also give the logarithm of the softmax's denominator.
+      implementation: "pallas" (a TPU), "interpret" (the kernel on a CPU, slow), "reference", or
+        "auto": the kernel on a TPU that supports it, else the reference.
+      plan: block sizes instead of the tuned ones.
+      validate: check values as well (eager calls only).
+
+    Returns:
+      An `Attention`. Tokens of no request, and queries that see nothing, give 0. A page that is not
+      in the pool or not listed reads as zeros and is not written. Where new rows are written, up to
+      a group of 8 words of rows behind a request's last key become 0.
+
+    Raises:
+      ArgumentError: an argument that can never work: what it was, what it needs.
+      UnsupportedError: valid, but not on this machine or chip.
+
+    Source: see `reference.ragged_attention`.
+    """
+    call = Call(
+        q, k, v, cache, kv_lens, cu_q_lens, page_indices, page_offsets, num_requests, causal,
+        window, ancestors, sinks, soft_cap, sm_scale, q_scale, k_scale, v_scale, temperature_len,
+        return_lse,
+    )  # fmt: skip
+    problem = problem_of(call)
+    checks.check_choice(
+        "ragged_attention", "implementation", implementation, get_args(Implementation)
+    )
+    if validate:
+        checks.raise_if_bad("ragged_attention", value_rules(call))
+    chosen, target = choose(implementation, problem, plan)
+    batch = call.batch()
+    q, scales = call.scaled_queries(batch)
+    if chosen == "reference":
+        return by_reference(call, problem, batch, q, scales)
+    plan = plan_for(problem, target, plan).plan
+    if not q.shape[0]:
+        lse = jnp.zeros((0, problem.q_heads), jnp.float32) if return_lse else None
+        o = jnp.zeros((0, problem.q_heads, problem.layout.value_dim), q.dtype)
+        return Attention(o, cache, lse)
+    interpret = pltpu.InterpretParams() if chosen == "interpret" else False
+    return launch(call, problem, batch, q, scales, plan, target, interpret)
+
+
+def mla_ragged_paged_attention(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    latent: jax.Array | None,
+    rope: jax.Array | None,
+    cache: KVCache,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    page_indices: jax.Array,
+    page_offsets: jax.Array | None = None,
+    num_requests: jax.Array | int | None = None,
+    *,
+    sm_scale: float,
+    **options: Any,
+) -> Attention:
+    """Multi-head latent attention with absorbed projections; see `ragged_paged_attention`.
+
+    Args:
+      q_latent: [tokens, q_heads, rank] queries times the up-projection of keys.
+      q_rope: [tokens, q_heads, rope_dim] their rotated part.
+      latent: [tokens, rank] new latents, which are keys and values of all heads; or None.
+      rope: [tokens, rope_dim] new rotated keys, shared by all heads; or None.
+      cache: see `allocate_mla_cache`.
+      kv_lens, cu_q_lens, page_indices, page_offsets, num_requests: as there.
+      sm_scale: of the logits; it belongs to the model's head, not to the rank.
+      **options: as there.
+
+    Returns:
+      An `Attention` whose o is [tokens, q_heads, rank].
+
+    Raises:
+      ArgumentError, UnsupportedError: as there.
+    """
+    dims = checks.Dims("mla_ragged_paged_attention")
+    dims.bind("q_latent", q_latent, "tokens q_heads rank")
+    dims.bind("q_rope", q_rope, "tokens q_heads rope_dim")
+    if not cache.layout.latent or cache.layout.value_dim != dims["rank"]:
+        raise ArgumentError(
+            where="mla_ragged_paged_attention",
+            argument="cache",
+            got=f"has layout {cache.layout}",
+            expected=f"a latent layout of rank {dims['rank']}",
+            advice="Use allocate_mla_cache.",
+        )
+    k = None
+    if latent is not None or rope is not None:
+        if latent is None or rope is None:
+            raise ArgumentError(
+                where="mla_ragged_paged_attention",
+                argument="rope" if rope is None else "latent",
+                got="is None",
+                expected="both of latent and rope, or neither",
+            )
+        dims.bind("latent", latent, "tokens rank")
+        dims.bind("rope", rope, "tokens rope_dim")
+        k = jnp.concatenate([latent, rope], axis=1)[:, None, :]
+    q = jnp.concatenate([q_latent, q_rope.astype(q_latent.dtype)], axis=2)
+    return ragged_paged_attention(
+        q, k, None, cache, kv_lens, cu_q_lens, page_indices, page_offsets, num_requests,
+        sm_scale=sm_scale, **options,
+    )  # fmt: skip
+
+
+def explain(*args: Any, chip: str, plan: Plan | None = None, **kwargs: Any) -> Explanation:
+    """The plan that `ragged_paged_attention` would use on a chip that need not be present.
+
+    Args:
+      *args: its arguments, arrays or shapes.
+      chip: name of the chip.
+      plan: block sizes to check.
+      **kwargs: its options.
+
+    Raises:
+      ArgumentError, UnsupportedError: what the call would raise there.
+    """
+    return plan_for(problem_of(Call(*args, **kwargs)), chip_named(chip), plan)
+
+
+def supports(*args: Any, **kwargs: Any) -> bool:
+    """Whether the kernel runs for these shapes on a chip; arguments as `explain`."""
+    try:
+        explain(*args, **kwargs)
+    except (ArgumentError, UnsupportedError):
+        return False
+    return True
+
+
+def choose(
+    implementation: Implementation, problem: Problem, plan: Plan | None
+) -> tuple[Implementation, Chip]:
+    """Resolves "auto" and names the chip to plan for; interpretation plans as for tpu7x.
+
+    Raises:
+      UnsupportedError: the kernel was asked for where it cannot run.
+    """
+    here = current_chip()
+    supported = here is not None and here.name in SUPPORTED_CHIPS
+    target = here or chip_named("tpu7x")
+    if implementation == "auto":
+        if not supported:
+            return "reference", target
+        try:
+            plan_for(problem, target, plan)
+        except UnsupportedError:
+            return "reference", target
+        return "pallas", target
+    if implementation == "pallas" and not supported:
+        raise UnsupportedError(
+            where="ragged_attention",
+            what="implementation='pallas'",
+            place=here.name if here else jax.default_backend(),
+            why=f"the kernel runs on {', '.join(SUPPORTED_CHIPS)}",
+            advice="Use implementation='reference', or 'interpret' to run the kernel on a CPU.",
+        )
+    return implementation, target
+
+
+def by_reference(
+    call: Call, problem: Problem, batch: reference.Batch, q: jax.Array, scales: jax.Array
+) -> Attention:
+    """The specification, on the cache unpacked."""
+    cache = call.cache
+    keys, values = cache.unpack()
+    if problem.update:
+        k, v = call.quantised()
+        keys = reference.write(keys, k, batch)
+        values = (
+            keys[..., : problem.layout.value_dim]
+            if v is None
+            else (reference.write(values, v, batch))
+        )
+        cache = pack_pages(keys, None if v is None else values, problem.layout)
+    masks = reference.Masks(problem.causal, call.windows(), call.words())
+    o, lse = reference.attend(
+        q, keys, values, batch, masks, logit_scale=scales[0], value_scale=scales[1],
+        soft_cap=problem.soft_cap, sinks=call.sinks,
+    )  # fmt: skip
+    return Attention(o, cache, lse if problem.lse else None)
+
+
+def launch(
+    call: Call,
+    problem: Problem,
+    batch: reference.Batch,
+    q: jax.Array,
+    scales: jax.Array,
+    plan: Plan,
+    chip: Chip,
+    interpret: Any,
+) -> Attention:
+    """Brings the arguments into the kernel's layout and runs it."""
+    layout, tokens = problem.layout, problem.num_tokens
+    rows = (
+        round_up(problem.num_indices, LANES) // LANES + plan.keys // layout.page_size // LANES + 2
+    )
+    indices = jnp.pad(batch.page_indices, (0, rows * LANES - problem.num_indices))
+    operands = {"scales": scales, "indices": indices.reshape(-1, LANES), "q": q}
+    if problem.sinks:
+        sinks = jnp.asarray(call.sinks, jnp.float32)[:, None]
+        operands["sinks"] = jnp.broadcast_to(sinks, (problem.q_heads, LANES))
+    if problem.update:
+        k, v = call.quantised()
+        new = token_rows(k, v, layout)
+        padding = -tokens % (GROUP_ROWS * layout.pack)
+        operands["fresh"] = to_words(jnp.pad(new, ((0, padding), (0, 0))))
+    if (words := call.words()) is not None:
+        below = -tokens % GROUP_ROWS + plan.queries + GROUP_ROWS
+        padded = jnp.pad(words, ((0, below), (0, LANES - words.shape[1])))
+        operands["tree"] = jax.lax.bitcast_convert_type(padded, jnp.int32)
+    operands["cache"] = call.cache.words
+    windows = call.windows()
+    described = Batch(
+        kv_lens=batch.kv_lens,
+        cu_q_lens=batch.cu_q_lens,
+        page_offsets=batch.page_offsets,
+        windows=jnp.zeros(1, jnp.int32) if windows is None else windows,
+        num_requests=jnp.clip(batch.num_requests, 0, problem.num_requests).reshape(1),
+    )
+    o, lse, words = ragged_attention_kernel(
+        described, operands, problem=problem, plan=plan, chip=chip, interpret=interpret
+    )
+    lse = None if lse is None else lse[:, : problem.q_heads]
+    return Attention(o, KVCache(words, layout), lse)

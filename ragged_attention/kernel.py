@@ -1,0 +1,465 @@
+"""The kernel: one pass over the records of a batch.
+
+While a record is computed, later tiles and blocks are on their way. Per record: new rows are put
+into the tile and the tile's changed groups are written to the cache; then every key/value head's
+rows, its query heads one after another and each with all tokens of the block, meet the tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ragged_attention import flash
+from ragged_attention.flash import FLOOR, LOG2_E, UNSEEN, Softmax, iota
+from ragged_attention.layout import LANES
+from ragged_attention.plan import (
+    MANY,
+    Plan,
+    Problem,
+    Style,
+    style_of,
+    vmem_allowed,
+)
+from ragged_attention.plumbing import Operands, Plumbing, Scratch, repeat
+from ragged_attention.schedule import END, FENCE, FIRST, LAST, WRITES, Batch, Noted
+from tpukit.chips import Chip
+
+Ref = Any
+
+
+class Tile(NamedTuple):
+    """A record's tile as it is computed: how many keys, and from which on they may be unseen."""
+
+    slot: jax.Array
+    size: int
+    doubtful: int
+
+
+class Strip(NamedTuple):
+    """Rows of a head that are computed together."""
+
+    head: Any
+    rows: slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass(Plumbing):
+    """The walk over the records: who does what when."""
+
+    side: int
+
+    def run(self) -> None:
+        """Fetches ahead, does every record in order, waits for what is still being written."""
+        plan = self.plan
+
+        def clear(slot: jax.Array) -> None:
+            self.vmem.stored[slot] = 0
+
+        repeat(plan.tiles, clear)
+        self.vmem.leaving[0] = self.vmem.leaving[1] = 0
+        if self.problem.chunks * LANES != self.problem.layout.key_dim:
+            self.vmem.staged[...] = jnp.zeros(self.vmem.staged.shape, jnp.float32)
+        ahead = plan.tiles + 1
+        cursor = lax.fori_loop(0, ahead, self.make, self.walk.start())
+        repeat(plan.tiles - 1, lambda i: self.start_tile(i, 0))
+        repeat(plan.blocks - 1, self.start_block)
+
+        def step(at: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            index, cursor = at
+            cursor = self.make(index + ahead, cursor)
+            self.pass_fence(index)
+            self.start_tile(index + plan.tiles - 1, index)
+            self.start_block(index + plan.blocks - 1)
+            self.await_tile(index)
+            self.compute(index)
+            return index + 1, cursor
+
+        index, _ = lax.while_loop(
+            lambda at: ~self.record(at[0]).has(END), step, (jnp.int32(0), cursor)
+        )
+        repeat(plan.tiles, self.await_store)
+        repeat(2, self.await_out)
+
+        def forget(i: jax.Array) -> None:  # what was fetched for records that are not there
+            record = self.record(index + i)
+            self.indices(record.slot, record.page, lambda copy: copy.wait())
+
+        repeat(ahead, forget)
+
+    def pass_fence(self, index: jax.Array) -> None:
+        """Behind a fence all is in the cache; what waited for that is fetched now."""
+        record = self.record(index)
+
+        @pl.when(record.has(FENCE))
+        def _() -> None:
+            repeat(self.plan.tiles, self.await_store)
+            repeat(self.plan.tiles - 1, lambda i: self.start_tile(index + i, index))
+
+    def compute(self, index: jax.Array) -> None:
+        """Writes a record's new rows; attends with its block."""
+        record, slot = self.record(index), self.tile(index)
+        group = 8 * self.layout.pack
+        fresh = record.cached < record.span
+
+        if self.problem.update:
+
+            @pl.when(fresh)
+            def _() -> None:
+                place = self.fresh_slot(index)
+                self.fresh_copy(record, place).wait()
+                self.mend(record, slot, self.vmem.fresh.at[place])
+                self.store_tile(record, slot)
+
+        @pl.when(~fresh & (record.span & (group - 1) != 0))
+        def _() -> None:
+            self.mend(record, slot, None)
+
+        before = 0
+        for tokens in self.plan.query_sizes:
+            fits = (record.count <= tokens) & (record.count > before)
+            before = tokens
+
+            @pl.when(fits & ~record.has(WRITES))
+            def _(tokens: int = tokens) -> None:
+                self.attend(record, slot, style_of(self.problem, self.plan, tokens, self.side))
+
+    def attend(self, record: Noted, slot: jax.Array, style: Style) -> None:
+        """One tile for one block."""
+
+        @pl.when(record.has(FIRST))
+        def _() -> None:
+            self.open(record, style)
+
+        all_seen = self.all_seen(record) if style.tokens >= MANY else jnp.bool_(False)
+        plan, before = self.plan, 0
+        for size in plan.key_sizes:
+            fits = (record.span <= size) & (record.span > before) & ~all_seen
+            before = size
+            doubtful = max(size - plan.gap - style.tokens, 0) // LANES * LANES
+            tile = Tile(slot, size, 0 if self.problem.windowed else doubtful)
+
+            @pl.when(fits)
+            def _(tile: Tile = tile) -> None:
+                self.heads(record, tile, style)
+
+        if style.tokens >= MANY:
+
+            @pl.when(all_seen)
+            def _() -> None:
+                self.heads(record, Tile(slot, plan.keys, plan.keys), style)
+
+        @pl.when(record.has(LAST))
+        def _() -> None:
+            self.close(record, style)
+
+    def all_seen(self, record: Noted) -> jax.Array:
+        """Whether every query of the block sees every key of a full tile."""
+        seen = record.span == self.plan.keys
+        if self.problem.causal:
+            seen &= record.key + self.plan.keys <= record.position + 1
+        if self.problem.windowed:
+            oldest = record.position + record.count - record.window
+            seen &= (record.window == 0) | (record.key > oldest)
+        return seen
+
+    # A block opens: queries are laid out by head and scaled.
+
+    def head_rows(self, style: Style, head: int) -> list[tuple[slice, Any]]:
+        """Where rows of a head are: among its own, and in `staged` (by token, then query head)."""
+        group, tokens, heads = self.problem.group, style.tokens, self.problem.q_heads
+        if tokens == 1:
+            return [(slice(0, group), slice(head * group, (head + 1) * group))]
+        return [
+            (slice(g * tokens, (g + 1) * tokens), pl.ds(head * group + g, tokens, stride=heads))
+            for g in range(group)
+        ]
+
+    def open(self, record: Noted, style: Style) -> None:
+        """Waits for the block's queries and prepares them; nothing has been seen."""
+        for copy in self.block_copies(record):
+            copy.wait()
+        window, dim, tokens = self.layout.keys, self.layout.key_dim, style.tokens
+        q = self.vmem.queries[self.block_slot(record), :tokens].astype(jnp.float32)
+        for c, begin in enumerate(range(0, dim, LANES)):
+            lanes = min(LANES, dim - begin)
+            part = q[:, :, begin : begin + lanes].reshape(-1, lanes)
+            self.vmem.staged[c, : len(part), :lanes] = part
+        chunks = -(-dim // LANES)
+        for h in range(self.layout.kv_heads):
+            for own, staged in self.head_rows(style, h):
+                parts = [self.vmem.staged[c, staged] for c in range(chunks)]
+                x = self.widen(parts, dim, window.width, window.offset(h))
+                if style.split:
+                    x = flash.halves(x * self.factor(h))
+                self.vmem.scaled[h, own, : x.shape[1]] = x.astype(self.problem.dtype)
+            self.reset(h, style)
+
+    def widen(self, parts: list[jax.Array], dim: int, width: int, offset: int) -> jax.Array:
+        """Lanes of a head, at their place in its window, zeros beside them."""
+        rows = len(parts[0])
+        padding = [jnp.zeros((rows, LANES), jnp.float32)] * (width // LANES - len(parts))
+        x = jnp.concatenate([*parts, *padding], axis=1)
+        if dim % LANES:
+            x = jnp.where(iota(x.shape, 1) < dim, x, 0.0)
+        return pltpu.roll(x, offset, 1) if offset else x
+
+    def factor(self, head: Any) -> jax.Array:
+        """What q . k is multiplied by: to base 2, or for the tanh of a soft cap."""
+        cap = self.problem.soft_cap
+        return self.hbm.scales[0, head] * (LOG2_E if cap is None else 1 / cap)
+
+    def reset(self, head: int, style: Style) -> None:
+        """A head that has seen nothing, or its sinks only."""
+        rows = slice(0, style.rows)
+        top, total = self.vmem.top.at[head], self.vmem.total.at[head]
+        self.vmem.sum[head, rows] = jnp.zeros((style.rows, self.layout.vals.width), jnp.float32)
+        if self.hbm.sinks is None:
+            top[rows] = jnp.full((style.rows, LANES), FLOOR, jnp.float32)
+            total[rows] = jnp.zeros((style.rows, LANES), jnp.float32)
+            return
+        for own, (g, count) in self.sink_rows(style):
+            first = head * self.problem.group + g
+            sink = self.hbm.sinks[first : first + count] * LOG2_E
+            sink = jnp.broadcast_to(sink, (own.stop - own.start, LANES))
+            base = jnp.maximum(sink, FLOOR)
+            top[own], total[own] = base, jnp.exp2(sink - base)
+
+    def sink_rows(self, style: Style) -> list[tuple[slice, tuple[int, int]]]:
+        """A head's rows, and of which of its query heads they are: (first, how many)."""
+        group, tokens = self.problem.group, style.tokens
+        if tokens == 1:
+            return [(slice(0, group), (0, group))]
+        return [(slice(g * tokens, (g + 1) * tokens), (g, 1)) for g in range(group)]
+
+    # Tiles are attended to.
+
+    def heads(self, record: Noted, tile: Tile, style: Style) -> None:
+        """All heads; the logits of a strip are made while the strip before is folded in."""
+        heads, strips = range(self.layout.kv_heads), list(style.strips)
+        if style.unrolled or len(heads) == 1:
+            self.strips(record, tile, style, [Strip(h, rows) for h in heads for rows in strips])
+        else:
+            repeat(
+                len(heads),
+                lambda h: self.strips(record, tile, style, [Strip(h, rows) for rows in strips]),
+            )
+
+    def strips(self, record: Noted, tile: Tile, style: Style, strips: list[Strip]) -> None:
+        """Strips of rows, one after another."""
+        masks: dict[int, jax.Array] = {}
+        keys: dict[int, jax.Array] = {}
+        values: dict[int, jax.Array] = {}
+
+        def once(cache: dict[int, jax.Array], key: Any, make: Any) -> jax.Array:
+            if id(key) not in cache:
+                cache[id(key)] = make(key)
+            return cache[id(key)]
+
+        def logits(strip: Strip) -> jax.Array:
+            k = once(keys, strip.head, lambda h: self.keys_of(h, tile))
+            q = self.vmem.scaled[strip.head, strip.rows, : k.shape[1] * (1 + style.split)]
+            s = flash.logits(q, k, self.factor(strip.head), self.problem.soft_cap)
+            if tile.doubtful == tile.size:
+                return s
+            first = strip.rows.start % style.tokens
+            if first not in masks:
+                masks[first] = self.seen(record, tile, style, strip.rows)
+            known, doubtful = s[:, : tile.doubtful], s[:, tile.doubtful :]
+            doubtful = jnp.where(masks[first], doubtful, UNSEEN)
+            return jnp.concatenate([known, doubtful], axis=1) if tile.doubtful else doubtful
+
+        def fold(strip: Strip, s: jax.Array) -> None:
+            head, rows = strip
+            refs = Softmax(self.vmem.top, self.vmem.total, self.vmem.sum)
+            state = Softmax(*(ref[head, rows] for ref in refs))
+            v = once(values, head, lambda h: self.values_of(record, h, tile))
+            state = flash.fold(state, s, v, self.problem.dtype, style.sum_by_matmul)
+            for ref, new in zip(refs, state, strict=True):
+                ref[head, rows] = new
+
+        before = None
+        for strip in strips:
+            s = logits(strip)
+            if before is not None:
+                fold(*before)
+            before = strip, s
+        if before is not None:
+            fold(*before)
+
+    def words(self, window: Any, head: Any, tile: Tile) -> jax.Array:
+        """Words of a head's keys or values."""
+        lane = window.lane(head)
+        lane = lane if isinstance(lane, int) else pl.multiple_of(lane, LANES)
+        return self.vmem.tiles[
+            tile.slot, : tile.size // self.layout.pack, pl.ds(lane, window.width)
+        ]
+
+    def keys_of(self, head: Any, tile: Tile) -> jax.Array:
+        """[size, key lanes]."""
+        words = self.words(self.layout.keys, head, tile)
+        return flash.unpacked(words, self.layout.dtype, self.problem.dtype)
+
+    def values_of(self, record: Noted, head: Any, tile: Tile) -> jax.Array:
+        """[size, value lanes]; zeros behind the tile's last key, where anything may lie."""
+        pack = self.layout.pack
+        words = self.words(self.layout.vals, head, tile)
+        if tile.doubtful < tile.size:
+            gap = (tile.size - self.plan.gap) // pack
+            rows = (record.span + pack - 1) >> (pack.bit_length() - 1)
+            last = words[gap:]
+            last = jnp.where(gap + iota(last.shape, 0) < rows, last, 0)
+            words = jnp.concatenate([words[:gap], last], axis=0) if gap else last
+        return flash.unpacked(words, self.layout.dtype, self.problem.dtype)
+
+    def seen(self, record: Noted, tile: Tile, style: Style, rows: slice) -> jax.Array:
+        """[rows, doubtful keys] whether a row's query sees a key."""
+        shape = (rows.stop - rows.start, tile.size - tile.doubtful)
+        key = record.key + tile.doubtful + iota((1, shape[1]), 1)
+        token = (rows.start + iota((shape[0], 1), 0)) & (style.tokens - 1)
+        query = record.position + token
+        seen = jnp.broadcast_to(key < record.key + record.span, shape)
+        if self.problem.causal:
+            before = key <= query
+            if self.problem.tree:
+                before = jnp.where(
+                    record.is_tree == 1, self.ancestor(record, style, rows, key), before
+                )
+            seen &= before
+        if self.problem.windowed:
+            seen &= (key > query - record.window) | (record.window == 0)
+        return seen
+
+    def ancestor(self, record: Noted, style: Style, rows: slice, key: jax.Array) -> jax.Array:
+        """[rows, keys] whether a key is a token's ancestor, or before the request's queries."""
+        assert self.vmem.tree is not None
+        count = rows.stop - rows.start
+        begin, distinct = rows.start % style.tokens, min(count, style.tokens)
+        place = (record.row & 7) + begin
+        words = self.vmem.tree[self.block_slot(record), pl.ds(place, distinct)]
+        if count > distinct:
+            words = jnp.concatenate([words] * (count // distinct), axis=0)
+        draft = jnp.broadcast_to(key - record.first, (count, key.shape[1]))
+        word = jnp.where(draft < 32, words[:, 0:1], words[:, 1:2])
+        bit = lax.shift_right_logical(word, draft & 31) & 1
+        return (draft < 0) | (bit == 1)
+
+    # A block closes: outputs are laid out by token.
+
+    def close(self, record: Noted, style: Style) -> None:
+        """Divides by the sums and starts to write the outputs."""
+        slot, tokens = record.block & 1, style.tokens
+        self.await_out(slot)
+        window, dim = self.layout.vals, self.layout.value_dim
+        chunks = [slice(begin, min(begin + LANES, dim)) for begin in range(0, dim, LANES)]
+        found = []
+        for h in range(self.layout.kv_heads):
+            refs = (self.vmem.top, self.vmem.total, self.vmem.sum)
+            state = Softmax(*(ref[h, : style.rows] for ref in refs))
+            o, lse = flash.finish(state)
+            found.append(lse)
+            o *= self.hbm.scales[1, h]
+            if offset := window.offset(h):
+                o = pltpu.roll(o, window.width - offset, 1)
+            for own, staged in self.head_rows(style, h):
+                for c, lanes in enumerate(chunks):
+                    part = o[own, lanes.start : lanes.start + LANES]
+                    self.vmem.staged[c, staged] = part
+        rows = tokens * self.problem.q_heads
+        shape = (tokens, self.problem.q_heads, -1)
+        for c, lanes in enumerate(chunks):
+            part = self.vmem.staged[c, :rows, : lanes.stop - lanes.start].reshape(shape)
+            self.vmem.out[slot, :tokens, :, lanes] = part.astype(self.problem.dtype)
+        if self.vmem.lse is not None:
+            self.vmem.lse[slot, :tokens] = self.by_token(found, style)
+        self.start_out(record)
+
+    def by_token(self, found: list[jax.Array], style: Style) -> jax.Array:
+        """[tokens, lanes] from each head's [rows, 128] of equal lanes."""
+        shape = (style.tokens, self.problem.lse_lanes)
+        lane = iota(shape, 1)
+        out = jnp.zeros(shape, jnp.float32)
+        for h, lse in enumerate(found):
+            for g in range(self.problem.group):
+                rows = lse[g * style.tokens : (g + 1) * style.tokens]
+                head = h * self.problem.group + g
+                out = jnp.where(lane == head, flash.wide(rows, shape[1]), out)
+        return out
+
+
+def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An output that varies over the same manual mesh axes as x."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def ragged_attention_kernel(
+    batch: Batch,
+    operands: dict[str, jax.Array],
+    *,
+    problem: Problem,
+    plan: Plan,
+    chip: Chip,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Runs the kernel.
+
+    Args:
+      batch: int32 arrays.
+      operands: the inputs among `Operands`, by name.
+      problem: static facts of the call.
+      plan: block sizes.
+      chip: the chip planned for.
+      interpret: parameters of interpretation, or False.
+
+    Returns:
+      o [T, q_heads, value_dim], the logarithms [T, lanes] if wanted, and the cache.
+    """
+    names = [name for name in Operands._fields if name in operands]
+    spaces = {"scales": pltpu.SMEM, "sinks": pltpu.VMEM}
+    q, cache = operands["q"], operands["cache"]
+    inputs = {
+        name: x if interpret or name in spaces else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        for name, x in operands.items()
+    }
+    tokens, heads, _ = q.shape
+    outputs = {"o": like(q, (tokens, heads, problem.layout.value_dim), q.dtype)}
+    if problem.lse:
+        outputs["lse"] = like(q, (tokens, problem.lse_lanes), jnp.float32)
+    outputs["cache"] = like(cache, cache.shape, cache.dtype)
+
+    def body(*refs: Ref) -> None:
+        scalars, refs = Batch(*refs[: len(batch)]), refs[len(batch) :]
+        given = dict(zip(names, refs, strict=False)) | dict(
+            zip(outputs, refs[len(names) :], strict=False)
+        )
+        hbm = Operands(*(given.get(name) for name in Operands._fields))
+        Pass(problem, plan, scalars, hbm, refs[-1], chip.mxu_side).run()
+
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    results = pl.pallas_call(
+        body,
+        name="ragged_attention",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(batch),
+            grid=(1,),
+            in_specs=[
+                pl.BlockSpec(memory_space=spaces[name]) if name in spaces else hbm for name in names
+            ],
+            out_specs=[hbm] * len(outputs),
+            scratch_shapes=[Scratch.shapes(problem, plan, chip.mxu_side)],
+        ),
+        out_shape=list(outputs.values()),
+        input_output_aliases={len(batch) + names.index("cache"): len(outputs) - 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_allowed(problem, plan, chip)
+        ),
+        interpret=interpret,
+    )(*batch, *(inputs[name] for name in names))
+    found = dict(zip(outputs, results, strict=True))
+    return found["o"], found.get("lse"), found["cache"]

@@ -1,0 +1,198 @@
+"""How the cache lies in memory: rows of 32-bit words, so that a DMA can move any of them.
+
+A token's row holds the keys of all heads, then the values of all heads, and is padded once, to a
+multiple of 128 lanes. Rows of tokens that share words (2 of bf16, 4 of 8-bit types) are packed one
+above the other, as the vector registers pack them: word (i, lane) holds tokens i * pack,
+i * pack + 1, ... from its low bits up, so a register of words is a register of keys. A head need
+not begin at a multiple of 128 lanes: it is multiplied as part of an aligned window, in which the
+query has zeros beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+LANES = 128
+
+
+def round_up(value: Any, multiple: int) -> Any:
+    """The next multiple."""
+    return -(-value // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Where one kind of row part (keys or values) lies; the same for all heads but for an offset.
+
+    Attributes:
+      base: lane at which head 0 begins.
+      stride: lanes from one head to the next.
+      dim: lanes of a head.
+      heads: number of heads.
+      end: lanes of a row.
+    """
+
+    base: int
+    stride: int
+    dim: int
+    heads: int
+    end: int
+
+    def lane(self, head: Any) -> Any:
+        """The first lane of the window that holds a head, a multiple of 128."""
+        aligned = (self.base + head * self.stride) & -LANES
+        last = self.end - self.width
+        return min(aligned, last) if isinstance(head, int) else jnp.minimum(aligned, last)
+
+    def offset(self, head: int) -> int:
+        """Where in its window a head begins."""
+        return self.base + head * self.stride - self.lane(head)
+
+    @property
+    def width(self) -> int:
+        """Lanes of every window."""
+        begins = [self.base + head * self.stride for head in range(self.heads)]
+        return max(round_up(begin % LANES + self.dim, LANES) for begin in begins)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheLayout:
+    """What the cache of a layer holds.
+
+    Attributes:
+      kv_heads: key/value heads.
+      key_dim, value_dim: widths of a head.
+      dtype: name of the type of keys and values, "float32", "bfloat16", "int8", "float8_e4m3fn" or
+        "float8_e5m2".
+      page_size: tokens of a page.
+      latent: values are the first value_dim lanes of the keys (multi-head latent attention).
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+    page_size: int
+    latent: bool = False
+
+    @property
+    def pack(self) -> int:
+        """Tokens that share a word."""
+        return 4 // jnp.dtype(self.dtype).itemsize
+
+    @property
+    def page_rows(self) -> int:
+        """Rows of words of a page."""
+        return self.page_size // self.pack
+
+    @property
+    def values(self) -> int:
+        """Lanes of a token that hold anything."""
+        return self.kv_heads * (self.key_dim + (0 if self.latent else self.value_dim))
+
+    @property
+    def width(self) -> int:
+        """Lanes of a row."""
+        return round_up(self.values, LANES)
+
+    @property
+    def keys(self) -> Window:
+        """Where keys are."""
+        return Window(0, self.key_dim, self.key_dim, self.kv_heads, self.width)
+
+    @property
+    def vals(self) -> Window:
+        """Where values are."""
+        if self.latent:
+            return Window(0, self.key_dim, self.value_dim, self.kv_heads, self.width)
+        base = self.kv_heads * self.key_dim
+        return Window(base, self.value_dim, self.value_dim, self.kv_heads, self.width)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that a token takes."""
+        return self.width * 4 // self.pack
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The paged cache of one layer. Donate it: it is written in place.
+
+    Attributes:
+      words: [pages * page_rows, width] int32.
+      layout: what is in it.
+    """
+
+    words: jax.Array
+    layout: CacheLayout = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return self.words.shape[0] // self.layout.page_rows
+
+    def unpack(self) -> tuple[jax.Array, jax.Array]:
+        """Keys [pages, page_size, kv_heads, key_dim] and values [..., value_dim]."""
+        layout = self.layout
+        rows = from_words(self.words, layout.dtype)
+        pages = rows.reshape(self.num_pages, layout.page_size, layout.width)
+
+        def part(window: Window) -> jax.Array:
+            lanes = window.base + jnp.arange(window.heads)[:, None] * window.stride
+            return pages[:, :, lanes + jnp.arange(window.dim)]
+
+        return part(layout.keys), part(layout.vals)
+
+
+def token_rows(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -> jax.Array:
+    """Rows [tokens, width] in the type of the cache. keys: [tokens, kv_heads, key_dim]."""
+    parts = [keys] if layout.latent or values is None else [keys, values]
+    flat = [part.reshape(len(part), -1).astype(layout.dtype) for part in parts]
+    rows = jnp.concatenate(flat, axis=1)
+    return jnp.pad(rows, ((0, 0), (0, layout.width - rows.shape[1])))
+
+
+def pack_pages(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -> KVCache:
+    """A cache from keys [pages, page_size, kv_heads, key_dim] and values; the inverse of `unpack`.
+
+    For a latent layout the values are part of the keys and are not given.
+    """
+    flat = None if values is None else values.reshape(-1, *values.shape[2:])
+    rows = token_rows(keys.reshape(-1, *keys.shape[2:]), flat, layout)
+    return KVCache(to_words(rows), layout)
+
+
+def word_bits(rows: jax.Array) -> jax.Array:
+    """Each value alone in the low bits of a word, int32."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[rows.dtype.itemsize]
+    return lax.bitcast_convert_type(rows, unsigned).astype(jnp.uint32).view(jnp.int32)
+
+
+def to_words(rows: jax.Array) -> jax.Array:
+    """Packs rows [n, width] of a type into words [n / pack, width] int32."""
+    pack = 4 // rows.dtype.itemsize
+    bits = word_bits(rows).reshape(-1, pack, rows.shape[1])
+    shifts = (jnp.arange(pack, dtype=jnp.int32) * (32 // pack))[None, :, None]
+    return jnp.bitwise_or.reduce(bits << shifts, axis=1)
+
+
+def from_words(words: jax.Array, dtype: Any) -> jax.Array:
+    """Unpacks words [n, width] into rows [n * pack, width] of a type."""
+    dtype = jnp.dtype(dtype)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize]
+    pack = 4 // dtype.itemsize
+    shifts = (jnp.arange(pack, dtype=jnp.uint32) * (32 // pack))[None, :, None]
+    bits = (words.view(jnp.uint32)[:, None, :] >> shifts).astype(unsigned)
+    return lax.bitcast_convert_type(bits.reshape(-1, words.shape[1]), dtype)
+
+
+def cache_bytes(num_pages: int, layout: CacheLayout) -> int:
+    """Bytes of a pool of pages."""
+    return num_pages * layout.page_rows * layout.width * np.dtype(np.int32).itemsize

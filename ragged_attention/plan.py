@@ -1,0 +1,386 @@
+"""The static problem, the block sizes, and the memory they take."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from ragged_attention.layout import LANES, CacheLayout, round_up
+from ragged_attention.schedule import GROUP_ROWS, Limits
+from tpukit import tuning
+from tpukit.chips import Chip
+from tpukit.errors import ArgumentError, UnsupportedError
+
+CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
+DTYPES = (jnp.bfloat16, jnp.float32)
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+MANY = 64  # query tokens from which on a block is worth the arithmetic for large blocks
+STRIP_ROWS = 256  # rows of logits that are computed together
+SMEM_WORDS = 2**17  # for the description of the batch, of the 2**18 of every chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Everything about a call that is known when it is traced.
+
+    Attributes:
+      num_tokens, num_requests, num_indices, num_pages: query tokens, requests, length of the list
+        of pages, pages of the pool.
+      q_heads: query heads.
+      layout: what is in the cache.
+      dtype: of queries and output, and of the arithmetic.
+      causal: a query sees no later position.
+      windowed: requests have windows.
+      tree: query tokens have words of ancestors.
+      sinks: heads have sinks.
+      soft_cap: limit of the logits, or None.
+      update: new keys and values are given.
+      lse: the logarithms of the softmax's sums are wanted.
+    """
+
+    num_tokens: int
+    num_requests: int
+    num_indices: int
+    num_pages: int
+    q_heads: int
+    layout: CacheLayout
+    dtype: Any
+    causal: bool
+    windowed: bool
+    tree: bool
+    sinks: bool
+    soft_cap: float | None
+    update: bool
+    lse: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key/value head."""
+        return self.q_heads // self.layout.kv_heads
+
+    @property
+    def chunks(self) -> int:
+        """Groups of 128 lanes that a head of queries or outputs takes."""
+        return -(-max(self.layout.key_dim, self.layout.value_dim) // LANES)
+
+    @property
+    def lse_lanes(self) -> int:
+        """Lanes of a token's logarithms."""
+        return round_up(self.q_heads, LANES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Block sizes of the kernel.
+
+    Attributes:
+      queries: most query tokens of a block, a power of two.
+      keys: keys of a tile.
+      tiles: buffers of tiles, a power of two; all but one are being fetched ahead.
+      blocks: buffers of blocks of queries, likewise.
+    """
+
+    queries: int
+    keys: int
+    tiles: int = 4
+    blocks: int = 4
+
+    @property
+    def query_sizes(self) -> tuple[int, ...]:
+        """Numbers of query tokens that the kernel is specialised for, ascending."""
+        return (*(n for n in (1, 8, 64) if n < self.queries), self.queries)
+
+    @property
+    def key_sizes(self) -> tuple[int, ...]:
+        """Numbers of keys that it is specialised for where a tile is not full."""
+        return tuple(self.keys * part // 4 for part in (1, 2, 3, 4))
+
+    @property
+    def gap(self) -> int:
+        """Keys from one of those numbers to the next."""
+        return self.keys // 4
+
+    @property
+    def records(self) -> int:
+        """Records that are known at once, a power of two: those of the tiles and 3 more."""
+        return 1 << (self.tiles + 2).bit_length()
+
+    def limits(self, problem: Problem) -> Limits:
+        """What the schedule depends on."""
+        return Limits(
+            num_tokens=problem.num_tokens,
+            num_indices=problem.num_indices,
+            block=self.queries,
+            tile=self.keys,
+            page_size=problem.layout.page_size,
+            pack=problem.layout.pack,
+            causal=problem.causal,
+            windowed=problem.windowed,
+            tree=problem.tree,
+            update=problem.update,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How a block of so many query tokens is computed on a chip.
+
+    Attributes:
+      tokens: query tokens of the block.
+      rows: rows of a key/value head: its query heads, one after another, each with all tokens.
+      split: queries carry their scale, as two halves (see `flash.halves`).
+      sum_by_matmul: the matrix unit adds up the weights.
+      unrolled: heads are unrolled, not a loop.
+    """
+
+    tokens: int
+    rows: int
+    split: bool
+    sum_by_matmul: bool
+    unrolled: bool
+
+    @property
+    def strips(self) -> Iterator[slice]:
+        """Rows that are computed together."""
+        step = min(self.rows, STRIP_ROWS)
+        return (slice(r, min(r + step, self.rows)) for r in range(0, self.rows, step))
+
+
+def style_of(problem: Problem, plan: Plan, tokens: int, side: int) -> Style:
+    """The style of blocks of `tokens`; `side` is the size of the chip's matrix unit."""
+    many = tokens >= MANY and problem.dtype != jnp.float32
+    values = problem.layout.vals.width
+    return Style(
+        tokens=tokens,
+        rows=tokens * problem.group,
+        split=many and 2 * problem.layout.keys.width <= side,
+        sum_by_matmul=many and round_up(values, side) >= values + LANES,
+        unrolled=tokens < MANY,
+    )
+
+
+def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and type of every buffer in VMEM, by name."""
+    layout, f32 = problem.layout, jnp.float32
+    heads, queries = layout.kv_heads, plan.queries
+    rows = round_up(queries * problem.group, 16)
+    styles = [style_of(problem, plan, n, side) for n in plan.query_sizes]
+    lanes = layout.keys.width * (2 if any(style.split for style in styles) else 1)
+    fresh = round_up(queries // layout.pack, GROUP_ROWS) + 6 * GROUP_ROWS
+    found = {
+        "tiles": ((plan.tiles, plan.keys // layout.pack, layout.width), jnp.int32),
+        "queries": ((plan.blocks, queries, problem.q_heads, layout.key_dim), problem.dtype),
+        "staged": ((problem.chunks, queries * problem.q_heads, LANES), f32),
+        "scaled": ((heads, rows, lanes), problem.dtype),
+        "top": ((heads, rows, LANES), f32),
+        "total": ((heads, rows, LANES), f32),
+        "sum": ((heads, rows, layout.vals.width), f32),
+        "out": ((2, queries, problem.q_heads, layout.value_dim), problem.dtype),
+    }
+    if problem.update:
+        found["fresh"] = ((plan.blocks, fresh, layout.width), jnp.int32)
+    if problem.tree:
+        found["tree"] = ((plan.blocks, queries + GROUP_ROWS, LANES), jnp.int32)
+    if problem.lse:
+        found["lse"] = ((2, round_up(queries, 8), problem.lse_lanes), f32)
+    return found
+
+
+def padded(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of an array in VMEM, whose last two dimensions are padded to whole tiles."""
+    *major, rows, lanes = shape
+    size = jnp.dtype(dtype).itemsize
+    return math.prod(major) * round_up(rows, 8 * 4 // size) * round_up(lanes, LANES) * size
+
+
+def vmem_bytes(problem: Problem, plan: Plan, chip: Chip) -> int:
+    """Bytes of VMEM that the kernel's buffers take."""
+    return sum(padded(*buffer) for buffer in buffers(problem, plan, chip.mxu_side).values())
+
+
+def vmem_allowed(problem: Problem, plan: Plan, chip: Chip) -> int:
+    """Bytes to ask the compiler for: the buffers, and room for the logits and what is spilled."""
+    strip = min(STRIP_ROWS, max(8, plan.queries * problem.group))
+    values = strip * plan.keys * 4 * 4 + plan.keys * problem.layout.width * 2
+    return vmem_bytes(problem, plan, chip) + values + 6 * 2**20
+
+
+def scalars(problem: Problem) -> int:
+    """32-bit words of SMEM that the description of the batch takes."""
+    return 4 * (problem.num_requests + 2)
+
+
+def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
+    """Checks that a plan is legal for a problem.
+
+    Raises:
+      ArgumentError: a field does not suit the problem.
+      UnsupportedError: it needs more memory than the chip has.
+    """
+
+    def refuse(field: str, expected: str) -> None:
+        raise ArgumentError(
+            where="ragged_attention",
+            argument=f"plan.{field}",
+            got=f"is {getattr(plan, field)}",
+            expected=expected,
+        )
+
+    group = GROUP_ROWS * problem.layout.pack
+    least = max(group, 64) if problem.tree else group
+    if plan.queries & (plan.queries - 1) or not least <= plan.queries <= 512:
+        refuse("queries", f"a power of two, {least} to 512")
+    unit = max(problem.layout.page_size, 4 * LANES)
+    if plan.keys % unit or plan.keys < unit:
+        refuse("keys", f"a multiple of {unit}")
+    for field in ("tiles", "blocks"):
+        value = getattr(plan, field)
+        if value < 2 or value & (value - 1):
+            refuse(field, "a power of two, at least 2")
+    if plan.blocks > plan.tiles:
+        refuse("blocks", f"at most plan.tiles = {plan.tiles}")
+    needed = vmem_allowed(problem, plan, chip)
+    if needed > chip.vmem_bytes:
+        raise UnsupportedError(
+            where="ragged_attention",
+            what=f"plan {plan} with {needed / 2**20:.1f} MiB of VMEM",
+            place=chip.name,
+            why=f"a core has {chip.vmem_bytes / 2**20:.0f} MiB",
+            advice="Use fewer queries, keys or tiles.",
+        )
+
+
+def fits(problem: Problem, plan: Plan, chip: Chip) -> bool:
+    """Whether `check_plan` accepts the plan."""
+    try:
+        check_plan(problem, plan, chip)
+    except (ArgumentError, UnsupportedError):
+        return False
+    return True
+
+
+def model(problem: Problem, chip: Chip) -> Plan:
+    """The cost model: the longest tiles and largest blocks that fit.
+
+    Long tiles, because a tile costs a pass over the sums and a maximum over lanes whatever its
+    length; large blocks, because keys are loaded into the matrix unit once for all their rows.
+
+    Raises:
+      UnsupportedError: nothing fits.
+    """
+    least = 64 if problem.tree else GROUP_ROWS * problem.layout.pack
+    wanted = max(least, min(256, 1 << max(problem.num_tokens - 1, 0).bit_length()))
+    sizes = [n for n in (256, 128, 64, 32, 16, 8) if least <= n <= wanted]
+    for tiles, keys in ((4, 2048), (4, 1024), (2, 1024), (2, 512)):
+        for queries in sizes:
+            plan = Plan(queries, keys, tiles, min(tiles, 4))
+            if fits(problem, plan, chip) and (queries >= min(128, wanted) or keys == 512):
+                return plan
+    for queries in sizes:
+        plan = Plan(queries, 512, 2, 2)
+        if fits(problem, plan, chip):
+            return plan
+    raise UnsupportedError(
+        where="ragged_attention",
+        what=f"{problem.q_heads} heads of {problem.layout}",
+        place=chip.name,
+        why="the smallest blocks do not fit VMEM",
+        advice="Shard the heads, or use implementation='reference'.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which plan a call gets, and why.
+
+    Attributes:
+      plan: the block sizes.
+      source: "argument", or an "exact" or "nearest" entry of the table, or the cost "model".
+      why: a sentence about that choice.
+      vmem_bytes: what the plan's buffers take.
+      vmem_limit: what the chip has.
+    """
+
+    plan: Plan
+    source: str
+    why: str
+    vmem_bytes: int
+    vmem_limit: int
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.plan).items())
+        share = f"{self.vmem_bytes / 2**20:.1f} of {self.vmem_limit / 2**20:.0f} MiB VMEM"
+        return f"{sizes} ({self.source}: {self.why}; {share})"
+
+
+SCHEMA = tuning.Schema(
+    kernel="ragged_attention",
+    exact={
+        "dtype": str,
+        "cache_dtype": str,
+        "kv_heads": int,
+        "key_dim": int,
+        "value_dim": int,
+        "latent": bool,
+        "page_size": int,
+    },
+    bucketed=("q_heads", "num_tokens"),
+    plan=dict.fromkeys((field.name for field in dataclasses.fields(Plan)), int),
+)
+
+
+@functools.cache
+def table() -> tuning.Table:
+    """The tuned block sizes."""
+    return tuning.load(Path(__file__).parent / "tuned.json", SCHEMA)
+
+
+def as_plan(fields: Mapping[str, tuning.Value]) -> Plan:
+    """A plan from the fields of a table's entry, which the schema says are ints."""
+    return Plan(**{name: int(value) for name, value in fields.items()})
+
+
+def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanation:
+    """The plan of a call: the caller's, else the table's, else the cost model's.
+
+    Raises:
+      ArgumentError, UnsupportedError: the caller's plan is not legal, or none is.
+    """
+    if scalars(problem) > SMEM_WORDS:
+        raise UnsupportedError(
+            where="ragged_attention",
+            what=f"a batch of {problem.num_requests} requests",
+            place=chip.name,
+            why=f"their lengths take {scalars(problem)} scalars, and {SMEM_WORDS} fit",
+            advice="Split the batch.",
+        )
+    if plan is not None:
+        check_plan(problem, plan, chip)
+        source, why = "argument", "the caller's"
+    else:
+        layout = problem.layout
+        key = {
+            "dtype": jnp.dtype(problem.dtype).name,
+            "cache_dtype": layout.dtype,
+            "kv_heads": layout.kv_heads,
+            "key_dim": layout.key_dim,
+            "value_dim": layout.value_dim,
+            "latent": layout.latent,
+            "page_size": layout.page_size,
+            "q_heads": problem.q_heads,
+            "num_tokens": problem.num_tokens,
+        }
+        found = table().resolve(
+            chip.name,
+            key,
+            valid=lambda fields: fits(problem, as_plan(fields), chip),
+            model=lambda: dataclasses.asdict(model(problem, chip)),
+        )
+        plan, source, why = as_plan(found.value), found.source, found.why
+    return Explanation(plan, source, why, vmem_bytes(problem, plan, chip), chip.vmem_bytes)

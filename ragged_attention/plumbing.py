@@ -1,0 +1,429 @@
+"""Where the kernel's data lies and how it gets there. Knows nothing of what is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ragged_attention.flash import iota
+from ragged_attention.layout import LANES, CacheLayout
+from ragged_attention.plan import Plan, Problem, buffers
+from ragged_attention.schedule import (
+    END,
+    FIRST,
+    GROUP_ROWS,
+    Batch,
+    Noted,
+    Record,
+    Walk,
+    store_record,
+)
+
+Ref = Any
+FRESH_ABOVE = 2 * GROUP_ROWS  # rows of a buffer of fresh words above the first that is fetched
+
+
+class Operands(NamedTuple):
+    """Arrays; T tokens. In HBM, but for scales (SMEM) and sinks (VMEM)."""
+
+    scales: Ref  # [2, kv_heads] f32, of logits and of values
+    sinks: Ref | None  # [q_heads, 128] f32, lanes equal
+    indices: Ref  # [.., 128] i32, the list of pages, and two rows more
+    q: Ref  # [T, q_heads, key_dim]
+    fresh: Ref | None  # [T / pack, width] i32, words of the new rows
+    tree: Ref | None  # [T, 128] i32, words of ancestors in lanes 0 and 1
+    o: Ref  # [T, q_heads, value_dim]
+    lse: Ref | None  # [T, lanes] f32
+    cache: Ref  # [pages * page_rows, width] i32, written in place
+
+
+class Sems(NamedTuple):
+    """DMA semaphores."""
+
+    indices: Ref  # [records]
+    tiles: Ref  # [tiles]
+    stores: Ref  # [tiles]
+    blocks: Ref  # [blocks] queries and their tree
+    fresh: Ref  # [blocks]
+    out: Ref  # [2]
+
+
+class Scratch(NamedTuple):
+    """On-chip memory; K = plan.keys / pack, Q = plan.queries, R = Q * query heads of a kv head."""
+
+    tiles: Ref  # [tiles, K, width] i32
+    queries: Ref  # [blocks, Q, q_heads, key_dim]
+    staged: Ref  # [chunks, Q * q_heads, 128] f32, queries or outputs by token and head
+    scaled: Ref  # [kv_heads, R, lanes] queries as they are multiplied
+    top: Ref  # [kv_heads, R, 128] f32
+    total: Ref  # [kv_heads, R, 128] f32
+    sum: Ref  # [kv_heads, R, value lanes] f32
+    out: Ref  # [2, Q, q_heads, value_dim]
+    fresh: Ref | None  # [blocks, rows, width] i32
+    tree: Ref | None  # [blocks, Q + 8, 128] i32
+    lse: Ref | None  # [2, Q, lanes] f32
+    books: Ref  # [records, fields] the records
+    pages: Ref  # [records, rows, 128] part of the list of pages, for a record
+    fetched: Ref  # [tiles] rows of words on their way into a tile
+    stored: Ref  # [tiles] rows of words on their way out of it
+    leaving: Ref  # [2] tokens whose outputs are on their way
+    sems: Sems
+
+    @staticmethod
+    def shapes(problem: Problem, plan: Plan, side: int) -> Scratch:
+        """Shapes of the fields."""
+        found = {n: pltpu.VMEM(*buffer) for n, buffer in buffers(problem, plan, side).items()}
+        optional = dict.fromkeys(("fresh", "tree", "lse"))
+        return Scratch(
+            **(optional | found),
+            books=pltpu.SMEM((plan.records, len(Record._fields)), jnp.int32),
+            pages=pltpu.SMEM((plan.records, index_rows(problem, plan), LANES), jnp.int32),
+            fetched=pltpu.SMEM((plan.tiles,), jnp.int32),
+            stored=pltpu.SMEM((plan.tiles,), jnp.int32),
+            leaving=pltpu.SMEM((2,), jnp.int32),
+            sems=Sems(
+                indices=pltpu.SemaphoreType.DMA((plan.records,)),
+                tiles=pltpu.SemaphoreType.DMA((plan.tiles,)),
+                stores=pltpu.SemaphoreType.DMA((plan.tiles,)),
+                blocks=pltpu.SemaphoreType.DMA((plan.blocks,)),
+                fresh=pltpu.SemaphoreType.DMA((plan.blocks,)),
+                out=pltpu.SemaphoreType.DMA((2,)),
+            ),
+        )
+
+
+def index_rows(problem: Problem, plan: Plan) -> int:
+    """Rows of 128 pages that hold those of any tile."""
+    return (plan.keys // problem.layout.page_size + LANES - 2) // LANES + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plumbing:
+    """What each transfer moves, and when it may."""
+
+    problem: Problem
+    plan: Plan
+    batch: Batch
+    hbm: Operands
+    vmem: Scratch
+
+    @property
+    def layout(self) -> CacheLayout:
+        """Of the cache."""
+        return self.problem.layout
+
+    @property
+    def walk(self) -> Walk:
+        """Makes the records."""
+        return Walk(self.batch, self.plan.limits(self.problem))
+
+    @property
+    def grain(self) -> int:
+        """Rows of words that page transfers are multiples of."""
+        return GROUP_ROWS if self.layout.page_rows % GROUP_ROWS == 0 else 1
+
+    def record(self, index: Any) -> Noted:
+        """Record number `index`, if it is among those known."""
+        return Noted(self.vmem.books, jnp.int32(index) & (self.plan.records - 1))
+
+    def tile(self, index: Any) -> jax.Array:
+        """The buffer of a record's tile."""
+        return jnp.int32(index) & (self.plan.tiles - 1)
+
+    def make(self, index: Any, cursor: Any) -> Any:
+        """Makes record `index` and starts to fetch its part of the list of pages."""
+        record, cursor = self.walk.record(cursor)
+        slot = jnp.int32(index) & (self.plan.records - 1)
+        store_record(self.vmem.books, slot, record)
+        self.indices(slot, record.page, lambda copy: copy.start())
+        return cursor
+
+    def indices(self, slot: jax.Array, page: jax.Array, act: Callable[[Any], None]) -> None:
+        """The transfers of a record's part of the list of pages."""
+        for row in range(self.vmem.pages.shape[1]):
+            source = self.hbm.indices.at[pl.ds((page >> 7) + row, 1)]
+            target = self.vmem.pages.at[slot, pl.ds(row, 1)]
+            act(pltpu.make_async_copy(source, target, self.vmem.sems.indices.at[slot]))
+
+    def page(self, record: Noted, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The page at a place of the record's tile, and whether it is one of the pool."""
+        index = (record.page & (LANES - 1)) + place
+        page = self.vmem.pages[record.slot, index >> 7, index & (LANES - 1)]
+        legal = (page >= 0) & (page < self.problem.num_pages) & (place < record.pages)
+        return page, legal
+
+    def each_page(
+        self, record: Noted, begin: jax.Array, end: jax.Array, action: Callable[..., None]
+    ) -> None:
+        """action(page, legal, rows of it in the tile, its first row in HBM) for rows of a tile.
+
+        Rows [begin, end) of words are multiples of the grain.
+        """
+        size = self.layout.page_rows
+
+        def step(place: jax.Array, _: None) -> None:
+            first = jnp.maximum(begin - place * size, 0)
+            count = jnp.minimum(end - place * size, size) - first
+            page, legal = self.page(record, place)
+            action(legal, place * size + first, page * size + first, count)
+
+        lax.fori_loop(lax.div(begin, size), lax.div(end + size - 1, size), step, None)
+
+    def part(self, ref: Ref, begin: jax.Array, count: jax.Array) -> Ref:
+        """Rows of words; both numbers are multiples of the grain."""
+        grain = self.grain
+        return ref.at[pl.ds(pl.multiple_of(begin, grain), pl.multiple_of(count, grain))]
+
+    def move(self, source: Any, target: Any, count: jax.Array, sem: Ref) -> None:
+        """Starts to move `count` rows of words; source and target are (ref, first row)."""
+        if self.grain > 1:
+            ends = (self.part(*end, count) for end in (source, target))
+            pltpu.make_async_copy(*ends, sem).start()
+            return
+
+        def row(i: jax.Array, _: None) -> None:
+            ends = (ref.at[pl.ds(begin + i, 1)] for ref, begin in (source, target))
+            pltpu.make_async_copy(*ends, sem).start()
+
+        lax.fori_loop(0, count, row, None)
+
+    def await_rows(self, ref: Ref, count: jax.Array, sem: Ref) -> None:
+        """Waits until `count` rows of words have been moved."""
+        if self.grain > 1:
+
+            @pl.when(count > 0)
+            def _() -> None:
+                rows = self.part(ref, jnp.int32(0), count)
+                pltpu.make_async_copy(rows, rows, sem).wait()
+
+            return
+        row = ref.at[pl.ds(0, 1)]
+        lax.fori_loop(0, count, lambda *_: pltpu.make_async_copy(row, row, sem).wait(), None)
+
+    # Tiles: pages come in, and the groups with new rows go out.
+
+    def start_tile(self, index: Any, now: Any) -> None:
+        """Starts to fetch the tile of a record, unless a fence is between it and record `now`."""
+        record = self.record(index)
+
+        @pl.when(~record.has(END) & (record.fences == self.record(now).fences))
+        def _() -> None:
+            self.fetch_tile(record, self.tile(index))
+
+    def fetch_tile(self, record: Noted, slot: jax.Array) -> None:
+        """Starts to fetch a tile; pages that are not in the pool are zeros."""
+        self.await_store(slot)
+        self.indices(record.slot, record.page, lambda copy: copy.wait())
+        tile = self.vmem.tiles.at[slot]
+        group = GROUP_ROWS * self.layout.pack
+        rows = lax.div(record.span + group - 1, group) * GROUP_ROWS
+        sem = self.vmem.sems.tiles.at[slot]
+        self.vmem.fetched[slot] = 0
+
+        def fetch(legal: Any, row: Any, source: Any, count: Any) -> None:
+            @pl.when(legal)
+            def _() -> None:
+                self.move((self.hbm.cache, source), (tile, row), count, sem)
+                self.vmem.fetched[slot] += count
+
+            @pl.when(~legal)
+            def _() -> None:
+                self.clear(tile, row, count)
+
+        self.each_page(record, jnp.int32(0), rows, fetch)
+
+    def clear(self, tile: Ref, row: jax.Array, count: jax.Array) -> None:
+        """Zeroes rows of a tile."""
+        grain = self.grain
+
+        def step(i: jax.Array, _: None) -> None:
+            rows = pl.ds(pl.multiple_of(row + i * grain, grain), grain)
+            tile[rows] = jnp.zeros((grain, self.layout.width), jnp.int32)
+
+        lax.fori_loop(0, lax.div(count, grain), step, None)
+
+    def await_tile(self, index: Any) -> None:
+        """Waits for the tile of a record."""
+        slot = self.tile(index)
+        self.await_rows(
+            self.vmem.tiles.at[slot], self.vmem.fetched[slot], self.vmem.sems.tiles.at[slot]
+        )
+
+    def store_tile(self, record: Noted, slot: jax.Array) -> None:
+        """Starts to write the groups of a tile that hold new rows."""
+        group = GROUP_ROWS * self.layout.pack
+        begin = lax.div(record.cached, group) * GROUP_ROWS
+        end = lax.div(record.span + group - 1, group) * GROUP_ROWS
+        tile, sem = self.vmem.tiles.at[slot], self.vmem.sems.stores.at[slot]
+
+        def store(legal: Any, row: Any, target: Any, count: Any) -> None:
+            @pl.when(legal)
+            def _() -> None:
+                self.move((tile, row), (self.hbm.cache, target), count, sem)
+                self.vmem.stored[slot] += count
+
+        self.each_page(record, begin, end, store)
+
+    def await_store(self, slot: jax.Array) -> None:
+        """Waits until a tile's new rows are in the cache."""
+        self.await_rows(
+            self.vmem.tiles.at[slot], self.vmem.stored[slot], self.vmem.sems.stores.at[slot]
+        )
+        self.vmem.stored[slot] = 0
+
+    # New rows: words of the tokens' own order, which the kernel shifts into that of the positions.
+
+    def shift(self, record: Noted) -> jax.Array:
+        """Token row of a position, less the position."""
+        return record.row - record.position
+
+    def fresh_rows(self, record: Noted) -> tuple[jax.Array, jax.Array]:
+        """Rows of words [begin, begin + count) with the record's new tokens."""
+        pack, shift = self.layout.pack, self.shift(record)
+        bits = pack.bit_length() - 1
+        begin = ((record.key + record.cached + shift) >> bits) & -GROUP_ROWS
+        last = (record.key + record.span - 1 + shift) >> bits
+        return begin, ((last + GROUP_ROWS) & -GROUP_ROWS) - begin
+
+    def fresh_copy(self, record: Noted, slot: jax.Array) -> Any:
+        """The transfer of a record's new rows."""
+        assert self.hbm.fresh is not None and self.vmem.fresh is not None
+        begin, count = self.fresh_rows(record)
+        count = pl.multiple_of(count, GROUP_ROWS)
+        source = self.hbm.fresh.at[pl.ds(pl.multiple_of(begin, GROUP_ROWS), count)]
+        target = self.vmem.fresh.at[slot, pl.ds(FRESH_ABOVE, count)]
+        return pltpu.make_async_copy(source, target, self.vmem.sems.fresh.at[slot])
+
+    def mend(self, record: Noted, slot: jax.Array, fresh: Ref | None) -> None:
+        """Puts new rows into a tile, and zeroes what is behind its last key in the same group."""
+        layout = self.layout
+        pack, width, bits = layout.pack, 32 // layout.pack, layout.pack.bit_length() - 1
+        group = GROUP_ROWS * pack
+        tile, shift = self.vmem.tiles.at[slot], self.shift(record)
+        places = iota((GROUP_ROWS, 1), 0) * pack
+
+        def low(count: jax.Array) -> jax.Array:
+            """A mask of the first `count` tokens of each word."""
+            count = jnp.clip(count, 0, pack)
+            some = jnp.left_shift(1, jnp.minimum(count, pack - 1) * width) - 1
+            return jnp.where(count == pack, -1, some)
+
+        def step(g: jax.Array, _: None) -> None:
+            rows = pl.ds(pl.multiple_of(g * GROUP_ROWS, GROUP_ROWS), GROUP_ROWS)
+            behind = g * group + places
+            kept, valid = low(record.cached - behind), low(record.span - behind)
+            mended = tile[rows] & (kept & valid)
+            if fresh is not None:
+                place = ((record.key + g * group) >> bits) + (shift >> bits)
+                place += FRESH_ABOVE - self.fresh_rows(record)[0]
+                new = shifted(fresh, place, (shift & (pack - 1)) * width)
+                mended |= new & (valid & ~kept)
+            tile[rows] = mended
+
+        lax.fori_loop(
+            lax.div(record.cached, group), lax.div(record.span + group - 1, group), step, None
+        )
+
+    # Blocks: queries come in, outputs go out.
+
+    def block_slot(self, record: Noted) -> jax.Array:
+        """The buffer of a block's queries."""
+        return record.block & (self.plan.blocks - 1)
+
+    def fresh_slot(self, index: Any) -> jax.Array:
+        """The buffer of a record's new rows."""
+        return jnp.int32(index) & (self.plan.blocks - 1)
+
+    def start_block(self, index: Any) -> None:
+        """Starts to fetch what a record needs besides keys: queries, their tree, new rows."""
+        record = self.record(index)
+
+        @pl.when(record.has(FIRST) & ~record.has(END))
+        def _() -> None:
+            for copy in self.block_copies(record):
+                copy.start()
+
+        if self.problem.update:
+
+            @pl.when((record.cached < record.span) & ~record.has(END))
+            def _() -> None:
+                self.fresh_copy(record, self.fresh_slot(index)).start()
+
+    def block_copies(self, record: Noted) -> list[Any]:
+        """The transfers of a block's queries."""
+        slot = self.block_slot(record)
+        sem = self.vmem.sems.blocks.at[slot]
+        source = self.hbm.q.at[pl.ds(record.row, record.count)]
+        target = self.vmem.queries.at[slot, pl.ds(0, record.count)]
+        copies = [pltpu.make_async_copy(source, target, sem)]
+        if self.problem.tree:
+            assert self.hbm.tree is not None and self.vmem.tree is not None
+            begin = pl.multiple_of(record.row & -GROUP_ROWS, GROUP_ROWS)
+            source = self.hbm.tree.at[pl.ds(begin, self.vmem.tree.shape[1])]
+            copies.append(pltpu.make_async_copy(source, self.vmem.tree.at[slot], sem))
+        return copies
+
+    def start_out(self, record: Noted) -> None:
+        """Starts to write a block's outputs."""
+        slot = record.block & 1
+        self.vmem.leaving[slot] = record.count
+        for copy in self.out_copies(slot, record.row, record.count):
+            copy.start()
+        if self.problem.lse:
+            self.each_lse(slot, record.row, lambda copy: copy.start())
+
+    def out_copies(self, slot: jax.Array, row: Any, count: jax.Array) -> list[Any]:
+        """The transfer of a block's outputs."""
+        source = self.vmem.out.at[slot, pl.ds(0, count)]
+        target = self.hbm.o.at[pl.ds(row, count)]
+        return [pltpu.make_async_copy(source, target, self.vmem.sems.out.at[slot])]
+
+    def each_lse(self, slot: jax.Array, row: Any, act: Callable[[Any], None]) -> None:
+        """The transfers of a block's logarithms, token by token."""
+        assert self.hbm.lse is not None and self.vmem.lse is not None
+        lse, target = self.vmem.lse, self.hbm.lse
+
+        def token(i: jax.Array, _: None) -> None:
+            source = lse.at[slot, pl.ds(i, 1)]
+            act(
+                pltpu.make_async_copy(
+                    source, target.at[pl.ds(row + i, 1)], self.vmem.sems.out.at[slot]
+                )
+            )
+
+        lax.fori_loop(0, self.vmem.leaving[slot], token, None)
+
+    def await_out(self, slot: Any) -> None:
+        """Waits until a block's outputs have been written."""
+        count = self.vmem.leaving[slot]
+
+        @pl.when(count > 0)
+        def _() -> None:
+            for copy in self.out_copies(slot, 0, count):
+                copy.wait()
+            if self.problem.lse:
+                self.each_lse(slot, 0, lambda copy: copy.wait())
+            self.vmem.leaving[slot] = 0
+
+
+def shifted(words: Ref, place: jax.Array, fields: jax.Array) -> jax.Array:
+    """GROUP_ROWS rows of words from row `place` and, by `fields` bits, from the rows behind."""
+    aligned = pl.multiple_of(place & -GROUP_ROWS, GROUP_ROWS)
+    rows = words[pl.ds(aligned, 2 * GROUP_ROWS)]
+    down = 2 * GROUP_ROWS - (place & (GROUP_ROWS - 1))
+    here = pltpu.roll(rows, down, 0)[:GROUP_ROWS]
+    behind = pltpu.roll(rows, down - 1, 0)[:GROUP_ROWS]
+    low = lax.shift_right_logical(here, jnp.broadcast_to(fields, here.shape))
+    return low | jnp.where(fields == 0, 0, jnp.left_shift(behind, (32 - fields) & 31))
+
+
+def repeat(times: Any, action: Callable[[jax.Array], None]) -> None:
+    """action(0), ..., action(times - 1), as a loop of the kernel."""
+    lax.fori_loop(0, times, lambda i, _: action(i), None)

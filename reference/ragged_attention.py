@@ -1,0 +1,234 @@
+"""Paged attention over a ragged batch, specified: what is written, who sees whom, what comes out.
+
+A batch holds requests. Request r owns the query tokens [cu_q_lens[r], cu_q_lens[r + 1]), which are
+the last of its kv_lens[r] tokens: query i has position kv_len - q_len + i. Key j of the request is
+in page page_indices[page_offsets[r] + j // page_size], row j % page_size. New keys and values are
+written to their pages first; then, per query head,
+
+    s_j = logit_scale * (q . k_j)             soft cap: s_j = cap * tanh(s_j / cap)
+    w_j = exp(s_j - max s) over visible j     rounded to the type of q
+    o   = value_scale * sum_j w_j v_j / (sum_j w_j + exp(sink - max s))
+
+Sources: PagedAttention (arXiv 2309.06180), Ragged Paged Attention (arXiv 2604.15464), FlashAttention
+(arXiv 2205.14135), attention sinks (arXiv 2309.17453), multi-head latent attention (arXiv 2405.04434).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+TREE_TOKENS = 64  # a request of at most so many query tokens may have a tree mask
+
+
+class Batch(NamedTuple):
+    """A ragged batch; R requests, T tokens.
+
+    Attributes:
+      kv_lens: [R] int32 tokens of each request, the new ones included.
+      cu_q_lens: [R + 1] int32 bounds of the requests' query tokens.
+      page_indices: [N] int32 pages of all requests, one after another.
+      page_offsets: [R + 1] int32 where each request's pages begin.
+      num_requests: [] int32 how many of the R count.
+    """
+
+    kv_lens: jax.Array
+    cu_q_lens: jax.Array
+    page_indices: jax.Array
+    page_offsets: jax.Array
+    num_requests: jax.Array
+
+
+class Masks(NamedTuple):
+    """Who sees whom, beyond position < kv_len.
+
+    Attributes:
+      causal: a query sees no later position.
+      window: [R] int32 or None; a query at p sees positions above p - window; 0 is no window.
+      ancestors: [T, 2] uint32 or None: query tokens of the same request that a token sees, as bits
+        (low word first), for requests of at most 64 tokens; earlier positions are visible.
+    """
+
+    causal: bool = True
+    window: jax.Array | None = None
+    ancestors: jax.Array | None = None
+
+
+class Tokens(NamedTuple):
+    """What each query token is; [T] each."""
+
+    request: jax.Array  # its request, or R
+    position: jax.Array  # its position in the request
+    first: jax.Array  # position of the request's first query token
+    kv_len: jax.Array  # 0 where the token belongs to no request
+    q_len: jax.Array
+
+
+def tokens_of(batch: Batch, num_tokens: int) -> Tokens:
+    """Finds each token's request. Bounds are made monotone and clipped to the tokens there are."""
+    requests = batch.kv_lens.shape[0]
+    count = jnp.clip(batch.num_requests, 0, requests)
+    cu = lax.cummax(jnp.clip(batch.cu_q_lens, 0, num_tokens))
+    token = jnp.arange(num_tokens)
+    owner = jnp.searchsorted(cu, token, side="right") - 1
+    valid = (owner >= 0) & (owner < count) if requests else jnp.zeros(num_tokens, bool)
+    owner = jnp.where(valid, owner, requests)
+
+    def of(values: jax.Array) -> jax.Array:
+        padded = jnp.concatenate([values, jnp.zeros(1, values.dtype)])
+        return padded[owner]
+
+    kv_len, begin, q_len = of(jnp.maximum(batch.kv_lens, 0)), of(cu[:-1]), of(cu[1:] - cu[:-1])
+    first = kv_len - q_len
+    return Tokens(owner, first + token - begin, first, kv_len, q_len)
+
+
+def page_of(batch: Batch, request: jax.Array, position: jax.Array, page_size: int) -> jax.Array:
+    """The page of a request's position, -1 where none is listed."""
+    if not batch.page_indices.shape[0]:
+        return jnp.full(jnp.broadcast_shapes(request.shape, position.shape), -1)
+    place = batch.page_offsets[request] + position // page_size
+    listed = (position >= 0) & (place >= 0) & (place < batch.page_offsets[request + 1])
+    listed &= place < batch.page_indices.shape[0]
+    return jnp.where(listed, batch.page_indices[jnp.where(listed, place, 0)], -1)
+
+
+def quantise(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """Values / scale in the type of a cache, within its range. scale: [heads] or [], f32."""
+    if jnp.dtype(dtype) == x.dtype and not np.ndim(scale):
+        dividing = x.astype(jnp.float32) / scale
+    else:
+        dividing = x.astype(jnp.float32) / jnp.reshape(scale, (-1, 1))
+    if jnp.issubdtype(dtype, jnp.integer):
+        info = jnp.iinfo(dtype)
+        return jnp.clip(jnp.round(dividing), info.min, info.max).astype(dtype)
+    if jnp.dtype(dtype).itemsize == 1:
+        top = float(jnp.finfo(dtype).max)
+        return jnp.clip(dividing, -top, top).astype(dtype)
+    return dividing.astype(dtype)
+
+
+def write(pages: jax.Array, new: jax.Array, batch: Batch) -> jax.Array:
+    """Writes new rows where their tokens' positions are.
+
+    Args:
+      pages: [pages, page_size, heads, dim].
+      new: [T, heads, dim] of the same type.
+      batch: the requests.
+
+    Returns:
+      The new pages. Tokens of no request, before position 0, or whose page is not in the pool or
+      not listed, are not written.
+    """
+    num_pages, page_size = pages.shape[:2]
+    tokens = tokens_of(batch, new.shape[0])
+    requests = batch.kv_lens.shape[0]
+    if not requests or not num_pages:
+        return pages
+    page = page_of(batch, jnp.minimum(tokens.request, requests - 1), tokens.position, page_size)
+    legal = (tokens.request < requests) & (page >= 0) & (page < num_pages)
+    page = jnp.where(legal, page, num_pages)
+    return pages.at[page, tokens.position % page_size].set(new, mode="drop")
+
+
+def visible(tokens: Tokens, key: jax.Array, masks: Masks) -> jax.Array:
+    """Whether a token sees the keys at positions `key` [L]; fields of `tokens` are scalars."""
+    seen = (key < tokens.kv_len) & (tokens.position >= 0)
+    if masks.causal:
+        before = key <= tokens.position
+        if masks.ancestors is not None:
+            draft = key - tokens.first
+            word = jnp.where(draft < 32, masks.ancestors[0], masks.ancestors[1])
+            bit = (word >> (draft & 31).astype(jnp.uint32)) & 1
+            tree = (draft < 0) | (bit == 1)
+            before = jnp.where(tokens.q_len <= TREE_TOKENS, tree, before)
+        seen &= before
+    if masks.window is not None:
+        seen &= (masks.window <= 0) | (key > tokens.position - masks.window)
+    return seen
+
+
+def attend(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    batch: Batch,
+    masks: Masks = Masks(),
+    *,
+    logit_scale: jax.Array,
+    value_scale: jax.Array,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    max_kv_len: int | None = None,
+    exact: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of every query token over its request's keys.
+
+    Args:
+      q: [T, q_heads, key_dim]; head h uses key/value head h * kv_heads // q_heads.
+      k_pages: [pages, page_size, kv_heads, key_dim]; a page that is not in the pool reads as zeros.
+      v_pages: [pages, page_size, kv_heads, value_dim].
+      batch: the requests.
+      masks: who sees whom.
+      logit_scale, value_scale: [kv_heads] f32.
+      soft_cap: limit of the logits.
+      sinks: [q_heads] f32 logits that take part in the softmax and have no value.
+      max_kv_len: a bound of kv_lens, to save work; the number of listed pages gives one too.
+      exact: do not round the weights.
+
+    Returns:
+      o [T, q_heads, value_dim] in the type of q, 0 where nothing is visible, and the logarithm of
+      the softmax's denominator [T, q_heads] f32, -inf where it is 0.
+    """
+    num_tokens, q_heads, _ = q.shape
+    num_pages, page_size, kv_heads, value_dim = v_pages.shape
+    longest = batch.page_indices.shape[0] * page_size
+    longest = longest if max_kv_len is None else min(longest, max_kv_len)
+    tokens = tokens_of(batch, num_tokens)
+    requests = batch.kv_lens.shape[0]
+    if not (num_tokens and longest and requests and num_pages):
+        lse = jnp.full((num_tokens, q_heads), -jnp.inf) if sinks is None else sinks
+        return (
+            jnp.zeros((num_tokens, q_heads, value_dim), q.dtype),
+            jnp.broadcast_to(lse.astype(jnp.float32), (num_tokens, q_heads)),
+        )
+    key = jnp.arange(longest)
+    compute = jnp.float64 if exact and q.dtype == jnp.float64 else jnp.float32
+
+    def rows(pages: jax.Array, request: jax.Array) -> jax.Array:
+        page = page_of(batch, jnp.minimum(request, requests - 1), key, page_size)
+        legal = (page >= 0) & (page < num_pages)
+        found = pages[jnp.where(legal, page, 0), key % page_size].astype(compute)
+        return jnp.where(legal[:, None, None], found, 0)
+
+    def one(token: Any) -> tuple[jax.Array, jax.Array]:
+        q, token, ancestors, window = token
+        k, v = rows(k_pages, token.request), rows(v_pages, token.request)
+        seen = visible(token, key, Masks(masks.causal, window, ancestors))
+        q = q.reshape(kv_heads, -1, q.shape[-1]).astype(compute)
+        s = jnp.einsum("hgd,lhd->hgl", q, k, precision="highest") * logit_scale[:, None, None]
+        if soft_cap is not None:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        s = jnp.where(seen, s, -jnp.inf)
+        sink = jnp.full(q_heads, -jnp.inf, compute) if sinks is None else sinks.astype(compute)
+        sink = sink.reshape(kv_heads, -1)
+        top = jnp.maximum(s.max(axis=-1), sink)
+        base = jnp.where(jnp.isneginf(top), 0, top)
+        weight = jnp.exp(s - base[..., None])
+        weight = weight if exact else weight.astype(dtype).astype(compute)
+        total = weight.sum(axis=-1) + jnp.exp(sink - base)
+        v = jnp.where(seen[:, None, None], v, 0)
+        o = jnp.einsum("hgl,lhd->hgd", weight, v, precision="highest")
+        o = jnp.where(total[..., None] > 0, o / total[..., None], jnp.where(jnp.isnan(o), o, 0))
+        o *= value_scale[:, None, None]
+        return o.reshape(q_heads, -1).astype(dtype), (base + jnp.log(total)).reshape(-1)
+
+    dtype = q.dtype
+    window = masks.window
+    if window is not None:
+        window = jnp.concatenate([window, jnp.zeros(1, window.dtype)])[tokens.request]
+    return lax.map(one, (q, tokens, masks.ancestors, window), batch_size=16)
