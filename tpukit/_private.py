@@ -1,17 +1,34 @@
 """Every private JAX API that this library touches, in one place, with a test of what it relies on.
 
-All of it belongs to the TPU interpreter, which offers no public way to watch a run.
+The first half belongs to the TPU interpreter, which offers no public way to watch a run; the second
+to traced kernels, whose refs, indexers and pipelines have no public form.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
-from jax._src import source_info_util
+from jax._src import core, source_info_util
+from jax._src.pallas.mosaic import pipeline
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic.interpret import shared_memory
+from jax._src.state import indexing, types
 
-__all__ = ["interpreter", "self_test", "shared_memory", "where"]
+__all__ = [
+    "BitcastTransform",
+    "NDIndexer",
+    "TransformedRef",
+    "interpreter",
+    "pipeline_jaxpr",
+    "self_test",
+    "shared_memory",
+    "where",
+]
+
+NDIndexer = indexing.NDIndexer
+BitcastTransform, TransformedRef = types.BitcastTransform, types.TransformedRef
 
 _EXPECTED = (
     (interpreter, "DMA", None),
@@ -22,6 +39,7 @@ _EXPECTED = (
     (shared_memory.Semaphore, "wait", ("self", "value", "global_core_id")),
     (shared_memory.SharedMemory, "set_failed", ("self", "exception")),
     (shared_memory.SharedMemory, "get_sempahores_with_nonzero_count", ("self", "device_id")),
+    (pipeline, "emit_pipeline_to_jaxpr", ("avals_in", "grid_mapping", "grid_names", "grid_sizes")),
 )
 
 
@@ -45,3 +63,12 @@ def where(source_info: object) -> str:
     if not isinstance(source_info, source_info_util.SourceInfo):
         return ""
     return source_info_util.summarize(source_info)
+
+
+def pipeline_jaxpr(eqn: Any, axes: Mapping[str, int]) -> Any:
+    """What an `emit_pipeline` in a traced kernel does: its loops, buffers and transfers, traced."""
+    avals = [atom.aval for atom in eqn.invars]
+    with core.extend_axis_env_nd(list(axes.items())):
+        return pipeline.emit_pipeline_to_jaxpr(
+            avals, grid_names=tuple(axes), grid_sizes=tuple(axes.values()), **eqn.params
+        )
