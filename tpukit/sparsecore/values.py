@@ -155,7 +155,8 @@ _DIRECT = {
     "floor": np.floor, "ceil": np.ceil, "is_finite": np.isfinite,
     "shift_right_arithmetic": np.right_shift,
     "population_count": lambda x: np.bitwise_count(x.view(f"u{x.dtype.itemsize}")).astype(x.dtype),
-    "stop_gradient": lambda x: x, "copy": lambda x: x, "reshard": lambda x: x, "optimization_barrier": lambda *x: list(x),
+    "stop_gradient": lambda x: x, "copy": lambda x: x, "reshard": lambda x: x,
+    "optimization_barrier": lambda *x: list(x),
 }  # fmt: skip
 
 RULES: Mapping[str, Rule] = {name: _plain(function) for name, function in _DIRECT.items()} | {
