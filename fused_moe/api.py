@@ -70,8 +70,8 @@ def fused_moe(
         keeps bfloat16.
       return_dtype: of results between devices: bfloat16, or float8_e4m3fn with a scale per row.
       implementation: "pallas" (a TPU), "interpret" (the kernel on a CPU, slow), "grouped"
-        (`grouped_moe`), "reference" (one device), or "auto": the kernel on a TPU that supports it,
-        else "grouped".
+        (`grouped_moe`), "reference" (one device), or "auto": on a TPU that supports the kernel the
+        one of both that costs less, see `explain`, else "grouped".
       plan: block sizes instead of the tuned ones.
       validate: check values as well (eager calls only): ids and weights.
 
@@ -182,7 +182,7 @@ def explain(
     return_dtype: Any = jnp.bfloat16,
     plan: Plan | None = None,
 ) -> Explanation:
-    """The plan that `fused_moe` would use on a chip that need not be present.
+    """The plan of the kernel on a chip that need not be present, and what "auto" would run there.
 
     Args:
       tokens, weights, expert_ids, expert_weights: arrays or shapes of one device.
@@ -342,10 +342,9 @@ def choose(
             return "grouped", target
         try:
             check_chip(problem, here)
-            plan_for(split(problem)[0], here, plan)
+            return plan_for(split(problem)[0], here, plan).implementation, target
         except UnsupportedError:
             return "grouped", target
-        return "pallas", target
     if implementation == "pallas":
         if here is None:
             raise UnsupportedError(

@@ -7,10 +7,11 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from fused_moe.cost import Costs, costs
 from fused_moe.dispatch import LANES, Layout, round_up
 from fused_moe.rows import RowFormat
 from reference.fused_moe import Activation
@@ -163,6 +164,7 @@ class Explanation:
       vmem_bytes: what the plan's buffers take.
       vmem_limit: what the chip has.
       hbm_bytes: what a device needs besides arguments and output.
+      costs: of the kernel with this plan, and of the grouped layer.
     """
 
     plan: Plan
@@ -171,11 +173,20 @@ class Explanation:
     vmem_bytes: int
     vmem_limit: int
     hbm_bytes: int
+    costs: Costs
+
+    @property
+    def implementation(self) -> Literal["pallas", "grouped"]:
+        """What implementation="auto" runs: the cheaper one, or the kernel if a plan is given."""
+        kernel = self.source == "argument" or self.costs.fused <= self.costs.grouped
+        return "pallas" if kernel else "grouped"
 
     def __str__(self) -> str:
         sizes = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.plan).items())
         share = f"{self.vmem_bytes / 2**20:.1f} of {self.vmem_limit / 2**20:.0f} MiB VMEM"
-        return f"{sizes} ({self.source}: {self.why}; {share}, {self.hbm_bytes / 1e6:.0f} MB HBM)"
+        needs = f"{share}, {self.hbm_bytes / 1e6:.0f} MB HBM"
+        choice = f"{self.implementation}, cost model: {self.costs}"
+        return f"{sizes} ({self.source}: {self.why}; {needs}; {choice})"
 
 
 Buffer = tuple[tuple[int, ...], Any]
@@ -328,7 +339,9 @@ def expected_partials(problem: Problem) -> int:
 
 
 # Columns of gate and up, columns of down, buffers of each: the first that fits. Deep rings keep HBM
-# busy while rows are being gathered and sent.
+# busy while rows are being gathered and sent. Tiles of up to SMALL rows wait for their weights, for
+# less time at either end if slices are short, so for them the first of these is left out.
+SMALL = 2 * ROWS
 SLICES = (
     (512, 1024, 4),
     (256, 1024, 4),
@@ -356,7 +369,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
     tiles = sorted({min(even_tile(rows), most) for most in (512, 256, 128, 64)}, reverse=True)
     inter = functools.reduce(math.gcd, [shape.inter for shape in problem.shapes])
     for tile in tiles:
-        for up, down, depth in SLICES:
+        for up, down, depth in SLICES[1:] if tile <= SMALL else SLICES:
             plan = Plan(
                 tile=tile,
                 inter_slice=divisors(inter, up)[0],
@@ -438,4 +451,5 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
         vmem_bytes(problem, plan),
         chip.vmem_bytes,
         hbm_bytes(problem, plan),
+        costs(problem, plan, chip),
     )

@@ -9,8 +9,10 @@ import pytest
 from jax.sharding import Mesh
 
 import fused_moe
+from fused_moe import api
 from tests.fused_moe import oracle
 from tests.fused_moe.test_fused_moe import PLAN
+from tpukit.chips import chip as chip_named
 from tpukit.errors import ArgumentError, UnsupportedError
 
 LAYER = oracle.random_layer(0, 8, **{"activation_dtype": "float8_e4m3fn"})
@@ -200,3 +202,93 @@ def test_explain_says_which_plan_and_why():
     assert found.source == "model"
     assert "MiB VMEM" in str(found)
     assert found.vmem_bytes < found.vmem_limit
+
+
+CHOICES = {  # hidden, intermediate, experts, tokens, top_k, of one device, and what costs less
+    "narrow weights, few tokens": ((2048, 768, 16, 256, 8, "float8_e4m3fn"), "pallas"),
+    "narrow weights, many rows of few experts": (
+        (2048, 768, 16, 2048, 8, "float8_e4m3fn"),
+        "grouped",
+    ),
+    "the same of many experts": ((2048, 768, 128, 2048, 8, "float8_e4m3fn"), "pallas"),
+    "bfloat16": ((2048, 768, 16, 2048, 8, "bfloat16"), "grouped"),
+    "bfloat16, wide": ((8192, 2048, 8, 2048, 1, "bfloat16"), "pallas"),
+}
+
+
+def shapes(hidden, inter, experts, tokens, top_k, dtype):
+    """Shapes of a layer's arguments, and its options."""
+    scaled = dtype != "bfloat16"
+
+    def matrix(rows, columns):
+        return jax.ShapeDtypeStruct((experts, rows, columns), jnp.dtype(dtype))
+
+    def scale(columns):
+        return jax.ShapeDtypeStruct((experts, 1, columns), jnp.float32) if scaled else None
+
+    weights = fused_moe.Weights(
+        matrix(hidden, inter),
+        matrix(hidden, inter),
+        matrix(inter, hidden),
+        *(scale(width) for width in (inter, inter, hidden)),
+    )
+    args = (
+        jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
+        weights,
+        jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
+        jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
+    )
+    return args, {"activation_dtype": dtype if scaled else None}
+
+
+def ran(monkeypatch, chip, args, **options):
+    """Which implementation "auto" runs on a chip."""
+    found = []
+
+    def runs(name):
+        def run(tokens, *_, **__):
+            found.append(name)
+            return tokens
+
+        return run
+
+    monkeypatch.setattr(api, "current_chip", lambda: chip_named(chip))
+    monkeypatch.setattr(api, "launch", runs("pallas"))
+    monkeypatch.setattr(api.grouped, "expert_parallel", runs("grouped"))
+    jax.eval_shape(lambda *a: fused_moe.fused_moe(*a, **options), *args)
+    return found[0]
+
+
+@pytest.mark.parametrize(("shape", "cheaper"), CHOICES.values(), ids=CHOICES)
+def test_auto_runs_what_costs_less(shape, cheaper, monkeypatch):
+    args, options = shapes(*shape)
+    found = fused_moe.explain(*args, chip="tpu7x", **options)
+    assert found.implementation == cheaper
+    assert (found.costs.fused <= found.costs.grouped) is (cheaper == "pallas")
+    assert f"{cheaper}, cost model: {found.costs}" in str(found)
+    assert fused_moe.supports(*args, chip="tpu7x", **options)
+    assert ran(monkeypatch, "tpu7x", args, **options) == cheaper
+
+
+def test_a_plan_asks_for_the_kernel(monkeypatch):
+    args, options = shapes(*CHOICES["bfloat16"][0])
+    plan = fused_moe.explain(*args, chip="tpu7x", **options).plan
+    assert fused_moe.explain(*args, chip="tpu7x", plan=plan, **options).implementation == "pallas"
+    assert ran(monkeypatch, "tpu7x", args, plan=plan, **options) == "pallas"
+
+
+def test_what_is_not_supported_is_grouped(monkeypatch):
+    args, options = shapes(*CHOICES["narrow weights, few tokens"][0])
+    assert not fused_moe.supports(*args, chip="v5e", **options)
+    assert ran(monkeypatch, "v5e", args, **options) == "grouped"
+
+
+def test_more_devices_favour_the_kernel():
+    """Beyond one device the grouped layer moves the rows of all of them."""
+    args, options = shapes(*CHOICES["bfloat16"][0])
+    costs = [
+        fused_moe.explain(*args, chip="tpu7x", axes=[("x", n)], **options).costs for n in (2, 4, 8)
+    ]
+    ratios = [cost.fused / cost.grouped for cost in costs]
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[0] > 1 > ratios[-1]

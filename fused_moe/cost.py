@@ -1,0 +1,142 @@
+"""What the kernel and the grouped layer are expected to take, so that the cheaper one is chosen.
+
+Both are sums of what bounds them, for even routing. The kernel moves every row by a DMA of its own,
+which takes the scalar core some 100 ns, while its weights stay narrow and its exchange is hidden;
+the grouped layer moves rows in bulk, but widens all weights to bfloat16 first, takes the rows of
+all devices through memory several times, and multiplies whole tiles of 256 rows. So the grouped
+layer wins where bfloat16 rows are many and short and the devices few, the kernel nearly everywhere
+else.
+
+The constants come from predictions (`tpukit.predict`; the products of the grouped layer replayed
+with the tiles that follow from the group sizes; none is a measurement). On tpu7x, one device, in
+microseconds predicted (and by this model):
+
+| hidden x inter, experts, tokens, top_k | weights | kernel | grouped |
+|---|---|---|---|
+| 2048 x 768, 16, 32, 8 | float8 | 79 (79) | 166 (177) |
+| 2048 x 768, 16, 256, 8 | float8 | 258 (258) | 289 (350) |
+| 2048 x 768, 16, 256, 8 | bfloat16 | 271 (287) | 157 (150) |
+| 2048 x 768, 16, 2048, 8 | float8 | 1822 (1851) | 1604 (1727) |
+| 2048 x 768, 16, 2048, 8 | bfloat16 | 1897 (1968) | 664 (746) |
+| 2048 x 768, 16, 2048, 1 | float8 | 176 (176) | 292 (350) |
+| 2048 x 768, 16, 2048, 1 | bfloat16 | 189 (205) | 168 (150) |
+| 2048 x 768, 128, 32, 8 | bfloat16 | 546 (684) | 527 (564) |
+| 2048 x 768, 128, 2048, 8 | float8 | 1941 (2064) | 2658 (2827) |
+| 2048 x 768, 128, 2048, 8 | bfloat16 | 2021 (2297) | 1222 (1234) |
+| 8192 x 2048, 8, 256, 8 | float8 | 406 (372) | 1406 (1811) |
+| 8192 x 2048, 8, 2048, 1 | bfloat16 | 712 (446) | 863 (898) |
+
+On 8 devices, 2048 x 768, bfloat16: 128 experts, 2,048 tokens, top_k 8: 286 (255) and 565 (624); 16
+experts, 16,384 tokens, top_k 1: 281 (184) and 1,281 (1,420), the collectives at two links' rate.
+
+A row of the kernel's column: `python -m microbench predict --kernel fused_moe --chip tpu7x --case
+flash/decode`, with `--set` for each of devices=1, shared=0, groups=1, hidden, inter, experts, tokens
+and top_k, and for bfloat16 dtype and rows. What XLA gathers and scatters by index counts as bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+from tpukit.chips import Chip
+
+if TYPE_CHECKING:
+    from fused_moe.plan import ExpertShape, Plan, Problem
+
+HBM_SHARE = 0.7  # of the vendor's bandwidth, that transfers of slices reach
+MXU_SHARE = 0.9  # of the vendor's peak, that products of whole tiles reach
+VISIT_US = 1.5  # of a tile that are not hidden behind its weights
+ALONE_US = 0.06  # for each row: gathered, and sent home
+SEVERAL_US = 0.04  # more where its token has several experts on the device: loaded, and stored
+EXCHANGE_GB_PER_S = 90.0  # that a device's rows reach between devices: about one link
+GATHER_GB_PER_S = 180.0  # that collectives reach: about two
+RAGGED_ROWS = 256  # of a tile of `jax.lax.ragged_dot`; every expert begins one
+RAGGED_SHARE = 0.48  # of the vendor's peak, that its products reach
+ROW_BYTES = 31  # of memory traffic around the products, for each row and hidden channel
+SCALED_ROW_BYTES = 100  # the same where every row fetches its expert's scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Microseconds of one call on one device, by the model above.
+
+    Attributes:
+      fused: of the kernel.
+      grouped: of the grouped layer.
+    """
+
+    fused: float
+    grouped: float
+
+    def __str__(self) -> str:
+        relation = "<=" if self.fused <= self.grouped else ">"
+        return f"kernel {self.fused:.0f} us {relation} grouped {self.grouped:.0f} us"
+
+
+def costs(problem: Problem, plan: Plan, chip: Chip) -> Costs:
+    """Both costs of a call."""
+    return Costs(fused_us(problem, plan, chip), grouped_us(problem, chip))
+
+
+def fused_us(problem: Problem, plan: Plan, chip: Chip) -> float:
+    """The kernel: weights once per tile or products, whichever binds, and each tile and row."""
+    weights = products = visits = 0.0
+    peak = chip.fp8_tflops if problem.quantised else chip.bf16_tflops
+    for shape, rows, experts in parts(problem):
+        tiles = experts * math.ceil(rows / experts / plan.tile)
+        visits += tiles
+        weights += tiles * values(problem, shape) * jnp.dtype(problem.weight_dtype).itemsize
+        products += rows * 2 * values(problem, shape)
+    entries, others = problem.num_tokens * problem.top_k, problem.num_devices - 1
+    alone = (others / problem.num_devices) ** (problem.top_k - 1)
+    by_row = entries * (ALONE_US + SEVERAL_US * (1 - alone))
+    busy = max(memory_us(weights, chip), products / (MXU_SHARE * peak * 1e6))
+    # a token goes once to each device that has experts of it, and one result comes back
+    devices = problem.num_devices * (1 - (others / problem.num_devices) ** problem.top_k)
+    away = problem.num_tokens * devices * others / problem.num_devices
+    sent = 4 * max(problem.rows_out.row_words, problem.rows_back.row_words)
+    exchange = 1e-3 * away * 2 * sent / EXCHANGE_GB_PER_S
+    return max(busy + visits * VISIT_US + by_row, exchange)
+
+
+def grouped_us(problem: Problem, chip: Chip) -> float:
+    """The grouped layer: weights widened, whole tiles multiplied, rows of all devices moved."""
+    size = jnp.dtype(problem.weight_dtype).itemsize
+    total = 0.0
+    for shape, rows, experts in parts(problem):
+        blocks = max(shape.gate_blocks, shape.down_blocks) > 1  # then scales go into f32 weights
+        wide = 4 if blocks else 2
+        widening = (size + wide) if size < wide else 0
+        tiles = math.ceil(rows / RAGGED_ROWS) + experts - 1
+        products = 2 * tiles * RAGGED_ROWS * values(problem, shape) * wide / 2
+        weights = experts * values(problem, shape) * wide
+        total += memory_us(experts * values(problem, shape) * widening, chip)
+        total += max(memory_us(weights, chip), products / (RAGGED_SHARE * chip.bf16_tflops * 1e6))
+    scaled = SCALED_ROW_BYTES if problem.routed.gate_blocks == 1 else ROW_BYTES
+    moved = problem.num_devices * problem.num_tokens * problem.top_k * problem.hidden * scaled
+    others = (problem.num_devices - 1) * problem.num_tokens * problem.hidden
+    gathered = others * (jnp.dtype(problem.dtype).itemsize + 4)  # tokens out, float32 sums back
+    return total + memory_us(moved, chip) + 1e-3 * gathered / GATHER_GB_PER_S
+
+
+def parts(problem: Problem) -> list[tuple[ExpertShape, float, int]]:
+    """Of the routed and the shared experts: shape, rows on this device, and how many have any."""
+    rows = problem.num_tokens * problem.top_k
+    found = [(problem.routed, float(rows), min(problem.experts_here, rows))]
+    if problem.shared is not None:
+        found.append((problem.shared, float(problem.num_tokens), 1))
+    return found
+
+
+def values(problem: Problem, shape: ExpertShape) -> int:
+    """Weights of an expert."""
+    return 3 * problem.hidden * shape.inter
+
+
+def memory_us(size: float, chip: Chip) -> float:
+    """Microseconds that HBM takes for as many bytes."""
+    return size / (HBM_SHARE * chip.hbm_gb_per_s * 1e3)
