@@ -70,6 +70,34 @@ def gathers(*, wait=True, twice=False, reuse=False, row=0, store=True, everywher
     return kernel(body, *BUFFERS)
 
 
+def pushes(*, read=True, fence=True):
+    """Doubles rows in one buffer, whose pushes it awaits only as far as they read it."""
+
+    def body(me, x, ids, out, rows, mine, sem):
+        pltpu.sync_copy(x.at[pl.ds(me * ROWS, ROWS)], rows)
+
+        def push(r):
+            return pltpu.make_async_copy(
+                rows.at[pl.ds(0, 1)], out.at[pl.ds(me * ROWS + r, 1)], src_sem=sem
+            )
+
+        for r in range(ROWS):
+            push(r).start()
+            if read:
+                push(r).wait_read()
+            for c in range(0, WIDTH, LANES):
+                rows[0, pl.ds(c, LANES)] = rows[0, pl.ds(c, LANES)] * 2
+        if fence:
+            push(0).wait_write()
+
+    return kernel(body, *BUFFERS)
+
+
+def pushed(x, ids):
+    factors = 2.0 ** np.arange(ROWS, dtype=np.float32)
+    return np.concatenate([factors[:, None] * x[0], factors[:, None] * x[ROWS]])
+
+
 def never_awaited():
     def body(me, x, ids, out, rows, mine, sem):
         pltpu.sync_copy(x.at[pl.ds(me * ROWS, ROWS)], rows)
@@ -294,6 +322,7 @@ def of_pipelines(x, ids):
 
 GOOD = {
     "gather": (gathers(), lambda x, ids: x[ids]),
+    "pushes": (pushes(), pushed),
     "parallel loop": (sums(), doubled),
     "barrier": (swaps(), swapped),
     "semaphores": (signals(), swapped),
@@ -306,6 +335,8 @@ GOOD = {
 FAULTS = {
     "read before wait": (gathers(wait=False), faults.InFlightError),
     "index buffer overwritten in flight": (gathers(reuse=True), faults.InFlightError),
+    "pushed from a buffer that is overwritten": (pushes(read=False), faults.InFlightError),
+    "never fenced": (pushes(fence=False), faults.NotAwaitedError),
     "never awaited": (never_awaited(), faults.NotAwaitedError),
     "waits twice": (gathers(twice=True), faults.DeadlockError),
     "nobody signals": (signals(signal=False), faults.DeadlockError),

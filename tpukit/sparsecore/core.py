@@ -94,6 +94,8 @@ class Core:
       place: its index on each mesh axis.
       clock: what it knows of each core's clock, its own included.
       counts: what it moved.
+      pushes: those it has not fenced.
+      line: the user's source line of its last effect.
     """
 
     def __init__(self, machine: Machine, number: int, place: Mapping[str, int], cores: int) -> None:
@@ -104,6 +106,7 @@ class Core:
         self.clock = np.zeros(cores, np.int32)
         self.clock[number] = 1
         self.counts = Counts()
+        self.pushes: list[Transfer] = []
         self.line = ""
         self._loops: list[Iterations] = []
         self._grid: list[Any] = []
@@ -345,16 +348,26 @@ class Core:
         source, target, semaphore, other, device = params["tree"].unflatten(operands)
         if device is not None:
             raise UnmodelledError("a transfer to another core or device")
-        one = semaphore if semaphore is not None else other
         regions = self.region(source), self.region(target)
         size = size_of(regions)
-        counter = self._semaphore(one).read().item()
+        if is_push(regions, self.place):
+            counter = None if other is None else self._semaphore(other).read().item()
+            push = Transfer(*regions, False, counter, self, size, size, self.line, push=True)
+            self.machine.transfers.start(push)
+            return
+        if semaphore is None or other is not None:
+            raise SimulationError("only a copy from VMEM to HBM or shared memory has `src_sem`")
+        counter = self._semaphore(semaphore).read().item()
         transfer = Transfer(*regions, params["add"], counter, self, size, size, self.line)
         self.machine.transfers.start(transfer)
 
     def _do_dma_wait(self, operands: list[Any], params: Any, eqn: Any) -> Steps:
         source, target, semaphore, _, _ = params["tree"].unflatten(operands)
-        regions = [self.region(ref) for ref in (source, target) if ref is not None]
+        given = [self.region(ref) if ref is not None else None for ref in (source, target)]
+        regions = [region for region in given if region is not None]
+        if not params.get("is_wait_send", False) and is_push(given, self.place):
+            self.machine.transfers.fence(self)
+            return
         amount = size_of(regions)
         counter = self._semaphore(semaphore).read().item()
         yield from self._await(counter, amount)
@@ -395,6 +408,16 @@ class Core:
 
     def _do_barrier(self, operands: list[Any], params: Any, eqn: Any) -> Steps:
         return self.machine.barrier(self)
+
+
+def is_push(regions: Sequence[Region | None], place: Mapping[str, int]) -> bool:
+    """Whether a copy between the regions is a push; that takes a vector subcore."""
+    source, target = regions
+    if source is None or target is None or len(place) < 2:
+        return False
+    if source.indirect is not None or target.indirect is not None:
+        return False
+    return source.buffer.space == "vmem" and target.buffer.space in ("hbm", "shared")
 
 
 def size_of(regions: Sequence[Region]) -> int:

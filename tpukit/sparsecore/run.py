@@ -123,6 +123,9 @@ class Run(Machine):
                 del left[number]
 
     def _check_end(self, outputs: Sequence[Buffer]) -> None:
+        for core, _ in self._cores:
+            for push in core.pushes:
+                raise NotAwaitedError(f"nobody awaited that it was written: {push}")
         for semaphore in self._semaphores:
             for transfer in (*semaphore.waiting, *semaphore.done):
                 raise NotAwaitedError(f"nobody awaited {transfer}")

@@ -1,4 +1,8 @@
-"""Transfers and semaphores of a simulated SparseCore, and when the first are performed."""
+"""Transfers and semaphores of a simulated SparseCore, and when the first are performed.
+
+A copy from a vector subcore's memory to HBM or to the shared memory is a push: its semaphore counts
+what was read, and only a fence, which waits for all pushes of the core, tells that it was written.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +45,25 @@ class Transfer:
     Attributes:
       source, target: of the same shape, but where one of them chooses rows by indices.
       add: adds to the target in flight.
-      semaphore: that its bytes are added to.
+      semaphore: that its bytes are added to; None of a push whose reading nobody asks for.
       core: who started it.
       size: bytes, those of rows that are ignored included.
       left: bytes not awaited.
       line: the user's source line.
+      push: whether it is one.
+      value: what a push has read and not yet written.
     """
 
     source: Region
     target: Region
     add: bool
-    semaphore: Semaphore
+    semaphore: Semaphore | None
     core: Any
     size: int
     left: int
     line: str
+    push: bool = False
+    value: np.ndarray | None = None
 
     def touched(self) -> list[tuple[Region, bool, bool]]:
         """The regions it uses, whether it writes them, and whether that is an addition."""
@@ -95,13 +103,28 @@ class Transfers:
             check_flights(region, writes, adds, f"{transfer}")
         for region, writes, adds in transfer.touched():
             region.buffer.flights.append((region, transfer, writes, adds))
-        transfer.semaphore.waiting.append(transfer)
+        if transfer.push:
+            transfer.core.pushes.append(transfer)
+        if transfer.semaphore is not None:
+            transfer.semaphore.waiting.append(transfer)
         if self.timing == "eager":
             self._perform(transfer)
-        elif self.timing == "random":
+        elif self.timing == "random" and transfer.semaphore is not None:
             waiting = transfer.semaphore.waiting
             while waiting and self._draw.random() < 0.5:
                 self._perform(self._draw.choice(waiting))
+
+    def fence(self, core: Any) -> None:
+        """Performs all pushes of a core, which it need not await any more."""
+        pushes = list(reversed(core.pushes))
+        if self.timing == "random":
+            self._draw.shuffle(pushes)
+        for push in pushes:
+            if push.value is None:
+                self._perform(push)
+            write_pushed(push)
+            _land(push)
+        core.pushes.clear()
 
     def bring(self, semaphore: Semaphore, amount: int) -> bool:
         """Performs what it takes for a semaphore to reach an amount; whether it did."""
@@ -121,18 +144,32 @@ class Transfers:
             amount -= covered
             if not first.left:
                 semaphore.done.pop(0)
-                _land(first)
+                _land(first, only=first.source if first.push else None)
 
     def _perform(self, transfer: Transfer) -> None:
-        transfer.semaphore.waiting.remove(transfer)
-        move(transfer)
-        transfer.semaphore.count += transfer.size
-        transfer.semaphore.done.append(transfer)
+        if transfer.push:
+            check_order(transfer.source, transfer.core, False, False)
+            transfer.value = transfer.source.read()
+            if self.timing == "eager":
+                transfer.target.write(transfer.value)
+        else:
+            move(transfer)
+        if transfer.semaphore is not None:
+            transfer.semaphore.waiting.remove(transfer)
+            transfer.semaphore.count += transfer.size
+            transfer.semaphore.done.append(transfer)
 
 
-def _land(transfer: Transfer) -> None:
+def _land(transfer: Transfer, only: Region | None = None) -> None:
+    """A transfer is over, or (of a push) no longer needs the region `only`."""
     for region, _, _ in transfer.touched():
-        region.buffer.flights = [f for f in region.buffer.flights if f[1] is not transfer]
+        if only is None or region is only:
+            flights = region.buffer.flights
+            region.buffer.flights = [
+                f
+                for f in flights
+                if f[1] is not transfer or (only is not None and f[0] is not only)
+            ]
 
 
 def check_flights(region: Region, writes: bool, adds: bool, who: str) -> None:
@@ -164,11 +201,27 @@ def check_order(region: Region, core: Any, writes: bool, adds: bool) -> None:
         region.buffer.written[index] = True
 
 
+def write_pushed(push: Transfer) -> None:
+    """The second half of a push."""
+    check_order(push.target, push.core, True, False)
+    push.target.write(np.asarray(push.value))
+    count(push, push.size)
+
+
+def count(transfer: Transfer, size: int) -> None:
+    """Adds a transfer to the counts of the core that started it."""
+    counts = transfer.core.counts
+    counts.transfers += 1
+    for region, way in ((transfer.source, "read"), (transfer.target, "written")):
+        if region.buffer.space in _FAR:
+            name = f"{region.buffer.space}_{way}"
+            setattr(counts, name, getattr(counts, name) + size)
+
+
 def move(transfer: Transfer) -> None:
     """Performs a transfer: bounds, order, contents, and the counts of the core that started it."""
     source, target = transfer.source, transfer.target
     far = source if source.indirect is not None else target
-    counts = transfer.core.counts
     if far.indirect is None:
         for region, writes in ((source, False), (target, True)):
             check_order(region, transfer.core, writes, transfer.add and writes)
@@ -187,11 +240,7 @@ def move(transfer: Transfer) -> None:
         else:
             target.write(source.read(_placed(source, keep)), add=transfer.add, rows=rows[keep])
         size = transfer.size * int(keep.sum()) // max(1, len(rows))
-    counts.transfers += 1
-    for region, way in ((source, "read"), (target, "written")):
-        if region.buffer.space in _FAR:
-            name = f"{region.buffer.space}_{way}"
-            setattr(counts, name, getattr(counts, name) + size)
+    count(transfer, size)
 
 
 def _placed(region: Region, keep: np.ndarray) -> np.ndarray:
