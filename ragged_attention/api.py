@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from ragged_attention.kernel import ragged_attention_kernel
-from ragged_attention.layout import LANES, KVCache, pack_pages, round_up, to_words, token_rows
+from ragged_attention.layout import LANES, KVCache, pack_pages, round_up, token_rows
 from ragged_attention.plan import Explanation, Plan, Problem, plan_for
 from ragged_attention.problem import Call, problem_of, value_rules
 from ragged_attention.schedule import GROUP_ROWS, Batch
@@ -294,8 +294,12 @@ def launch(
     rows = (
         round_up(problem.num_indices, LANES) // LANES + plan.keys // layout.page_size // LANES + 2
     )
-    indices = jnp.pad(batch.page_indices, (0, rows * LANES - problem.num_indices))
-    operands = {"scales": scales, "indices": indices.reshape(-1, LANES), "q": q}
+    legal = (batch.page_indices >= 0) & (batch.page_indices < problem.num_pages)
+    indices = jnp.where(legal, batch.page_indices, -1)
+    indices = jnp.pad(indices, (0, rows * LANES - problem.num_indices), constant_values=-1)
+    if problem.streams_pages:
+        indices = indices.reshape(-1, LANES)
+    operands = {"scales": scales, "indices": indices, "q": q}
     if problem.sinks:
         sinks = jnp.asarray(call.sinks, jnp.float32)[:, None]
         operands["sinks"] = jnp.broadcast_to(sinks, (problem.q_heads, LANES))
@@ -303,7 +307,7 @@ def launch(
         k, v = call.quantised()
         new = token_rows(k, v, layout)
         padding = -tokens % (GROUP_ROWS * layout.pack)
-        operands["fresh"] = to_words(jnp.pad(new, ((0, padding), (0, 0))))
+        operands["fresh"] = jnp.pad(new, ((0, padding), (0, 0))) if padding else new
     if (words := call.words()) is not None:
         below = -tokens % GROUP_ROWS + plan.queries + GROUP_ROWS
         padded = jnp.pad(words, ((0, below), (0, LANES - words.shape[1])))

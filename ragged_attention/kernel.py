@@ -8,6 +8,7 @@ rows, its query heads one after another and each with all tokens of the block, m
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from ragged_attention.plan import (
     vmem_allowed,
 )
 from ragged_attention.plumbing import Operands, Plumbing, Scratch, repeat
-from ragged_attention.schedule import END, FENCE, FIRST, LAST, WRITES, Batch, Noted
+from ragged_attention.schedule import END, FENCE, FIRST, LAST, Batch, Noted
 from tpukit.chips import Chip
 
 Ref = Any
@@ -64,50 +65,47 @@ class Pass(Plumbing):
 
         repeat(plan.tiles, clear)
         self.vmem.leaving[0] = self.vmem.leaving[1] = 0
-        if self.problem.chunks * LANES != self.problem.layout.key_dim:
-            self.vmem.staged[...] = jnp.zeros(self.vmem.staged.shape, jnp.float32)
-        ahead = plan.tiles + 1
-        cursor = lax.fori_loop(0, ahead, self.make, self.walk.start())
-        repeat(plan.tiles - 1, lambda i: self.start_tile(i, 0))
+        cursor = lax.fori_loop(0, plan.ahead, self.make, self.walk.start())
+        repeat(plan.lookahead, lambda i: self.start_tile(i, 0))
         repeat(plan.blocks - 1, self.start_block)
 
         def step(at: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             index, cursor = at
-            cursor = self.make(index + ahead, cursor)
-            self.pass_fence(index)
-            self.start_tile(index + plan.tiles - 1, index)
+            cursor = self.make(index + plan.ahead, cursor)
+            if self.walk.limits.may_write_ahead:
+                self.pass_fence(index)
+            self.start_tile(index + plan.lookahead, index)
             self.start_block(index + plan.blocks - 1)
-            self.await_tile(index)
             self.compute(index)
             return index + 1, cursor
 
         index, _ = lax.while_loop(
             lambda at: ~self.record(at[0]).has(END), step, (jnp.int32(0), cursor)
         )
-        repeat(plan.tiles, self.await_store)
+        if self.problem.update:
+            repeat(plan.tiles, self.await_store)
         repeat(2, self.await_out)
 
         def forget(i: jax.Array) -> None:  # what was fetched for records that are not there
             record = self.record(index + i)
             self.indices(record.slot, record.page, lambda copy: copy.wait())
 
-        repeat(ahead, forget)
+        if self.problem.streams_pages:
+            repeat(plan.ahead, forget)
 
     def pass_fence(self, index: jax.Array) -> None:
         """Behind a fence all is in the cache; what waited for that is fetched now."""
-        record = self.record(index)
 
-        @pl.when(record.has(FENCE))
+        @pl.when(self.record(index).has(FENCE))
         def _() -> None:
             repeat(self.plan.tiles, self.await_store)
-            repeat(self.plan.tiles - 1, lambda i: self.start_tile(index + i, index))
+            repeat(self.plan.lookahead, lambda i: self.start_tile(index + i, index))
 
     def compute(self, index: jax.Array) -> None:
         """Writes a record's new rows; attends with its block."""
         record, slot = self.record(index), self.tile(index)
-        group = 8 * self.layout.pack
+        self.await_tile(record, slot)
         fresh = record.cached < record.span
-
         if self.problem.update:
 
             @pl.when(fresh)
@@ -115,20 +113,19 @@ class Pass(Plumbing):
                 place = self.fresh_slot(index)
                 self.fresh_copy(record, place).wait()
                 self.mend(record, slot, self.vmem.fresh.at[place])
-                self.store_tile(record, slot)
+                begin, end = self.whole_group(record.cached), self.groups(record.span)
+                self.store_groups(record, slot, begin, end)
 
-        @pl.when(~fresh & (record.span & (group - 1) != 0))
+        @pl.when(~fresh & (self.groups(record.span) > self.whole_group(record.span)))
         def _() -> None:
             self.mend(record, slot, None)
 
-        before = 0
-        for tokens in self.plan.query_sizes:
-            fits = (record.count <= tokens) & (record.count > before)
-            before = tokens
+        def attend(tokens: int) -> None:
+            self.attend(record, slot, style_of(self.problem, self.plan, tokens, self.side))
 
-            @pl.when(fits & ~record.has(WRITES))
-            def _(tokens: int = tokens) -> None:
-                self.attend(record, slot, style_of(self.problem, self.plan, tokens, self.side))
+        @pl.when(record.count > 0)
+        def _() -> None:
+            smallest(record.count, self.plan.query_sizes, attend)
 
     def attend(self, record: Noted, slot: jax.Array, style: Style) -> None:
         """One tile for one block."""
@@ -137,23 +134,23 @@ class Pass(Plumbing):
         def _() -> None:
             self.open(record, style)
 
-        all_seen = self.all_seen(record) if style.tokens >= MANY else jnp.bool_(False)
-        plan, before = self.plan, 0
-        for size in plan.key_sizes:
-            fits = (record.span <= size) & (record.span > before) & ~all_seen
-            before = size
-            doubtful = max(size - plan.gap - style.tokens, 0) // LANES * LANES
-            tile = Tile(slot, size, 0 if self.problem.windowed else doubtful)
+        def part(size: int) -> None:
+            doubtful = max(size - self.plan.gap - style.tokens, 0) // LANES * LANES
+            doubtful = 0 if self.problem.windowed else doubtful
+            self.heads(record, Tile(slot, size, doubtful), style)
 
-            @pl.when(fits)
-            def _(tile: Tile = tile) -> None:
-                self.heads(record, tile, style)
+        def partial(_: None) -> None:
+            @pl.when(record.span > 0)
+            def _() -> None:
+                smallest(record.span, self.plan.key_sizes, part)
+
+        def whole(_: None) -> None:
+            self.heads(record, Tile(slot, self.plan.keys, self.plan.keys), style)
 
         if style.tokens >= MANY:
-
-            @pl.when(all_seen)
-            def _() -> None:
-                self.heads(record, Tile(slot, plan.keys, plan.keys), style)
+            lax.cond(self.all_seen(record), whole, partial, None)
+        else:
+            partial(None)
 
         @pl.when(record.has(LAST))
         def _() -> None:
@@ -199,7 +196,6 @@ class Pass(Plumbing):
                 if style.split:
                     x = flash.halves(x * self.factor(h))
                 self.vmem.scaled[h, own, : x.shape[1]] = x.astype(self.problem.dtype)
-            self.reset(h, style)
 
     def widen(self, parts: list[jax.Array], dim: int, width: int, offset: int) -> jax.Array:
         """Lanes of a head, at their place in its window, zeros beside them."""
@@ -215,28 +211,35 @@ class Pass(Plumbing):
         cap = self.problem.soft_cap
         return self.hbm.scales[0, head] * (LOG2_E if cap is None else 1 / cap)
 
-    def reset(self, head: int, style: Style) -> None:
-        """A head that has seen nothing, or its sinks only."""
-        rows = slice(0, style.rows)
-        top, total = self.vmem.top.at[head], self.vmem.total.at[head]
-        self.vmem.sum[head, rows] = jnp.zeros((style.rows, self.layout.vals.width), jnp.float32)
+    def blank(self, head: Any, rows: slice, style: Style) -> Softmax:
+        """What rows know that have seen nothing, or their sinks only."""
+        shape = (rows.stop - rows.start, LANES)
+        nothing = jnp.zeros((shape[0], self.layout.vals.width), jnp.float32)
         if self.hbm.sinks is None:
-            top[rows] = jnp.full((style.rows, LANES), FLOOR, jnp.float32)
-            total[rows] = jnp.zeros((style.rows, LANES), jnp.float32)
-            return
-        for own, (g, count) in self.sink_rows(style):
-            first = head * self.problem.group + g
-            sink = self.hbm.sinks[first : first + count] * LOG2_E
-            sink = jnp.broadcast_to(sink, (own.stop - own.start, LANES))
-            base = jnp.maximum(sink, FLOOR)
-            top[own], total[own] = base, jnp.exp2(sink - base)
+            floor = jnp.full(shape, FLOOR, jnp.float32)
+            return Softmax(floor, jnp.zeros(shape, jnp.float32), nothing)
+        first = head * self.problem.group
+        if style.tokens == 1:
+            sink = self.hbm.sinks[first + rows.start : first + rows.stop]
+        else:
+            heads = range(rows.start // style.tokens, -(-rows.stop // style.tokens))
+            each = min(shape[0], style.tokens)
+            sink = jnp.concatenate(
+                [
+                    jnp.broadcast_to(self.hbm.sinks[pl.ds(first + g, 1)], (each, LANES))
+                    for g in heads
+                ],
+                axis=0,
+            )
+        sink = sink * LOG2_E
+        top = jnp.maximum(sink, FLOOR)
+        return Softmax(top, jnp.exp2(sink - top), nothing)
 
-    def sink_rows(self, style: Style) -> list[tuple[slice, tuple[int, int]]]:
-        """A head's rows, and of which of its query heads they are: (first, how many)."""
-        group, tokens = self.problem.group, style.tokens
-        if tokens == 1:
-            return [(slice(0, group), (0, group))]
-        return [(slice(g * tokens, (g + 1) * tokens), (g, 1)) for g in range(group)]
+    def known(self, head: Any, rows: slice, style: Style, opens: jax.Array) -> Softmax:
+        """What rows know: nothing yet in the first tile, whatever the buffers hold."""
+        blank = self.blank(head, rows, style)
+        held = (ref[head, rows] for ref in (self.vmem.top, self.vmem.total, self.vmem.sum))
+        return Softmax(*(jnp.where(opens, new, old) for new, old in zip(blank, held, strict=True)))
 
     # Tiles are attended to.
 
@@ -277,13 +280,13 @@ class Pass(Plumbing):
 
         def fold(strip: Strip, s: jax.Array) -> None:
             head, rows = strip
-            refs = Softmax(self.vmem.top, self.vmem.total, self.vmem.sum)
-            state = Softmax(*(ref[head, rows] for ref in refs))
+            state = self.known(head, rows, style, opens)
             v = once(values, head, lambda h: self.values_of(record, h, tile))
             state = flash.fold(state, s, v, self.problem.dtype, style.sum_by_matmul)
             for ref, new in zip(refs, state, strict=True):
                 ref[head, rows] = new
 
+        refs, opens = (self.vmem.top, self.vmem.total, self.vmem.sum), record.has(FIRST)
         before = None
         for strip in strips:
             s = logits(strip)
@@ -358,11 +361,9 @@ class Pass(Plumbing):
         self.await_out(slot)
         window, dim = self.layout.vals, self.layout.value_dim
         chunks = [slice(begin, min(begin + LANES, dim)) for begin in range(0, dim, LANES)]
-        found = []
+        found, unseen = [], record.has(FIRST) & (record.span == 0)
         for h in range(self.layout.kv_heads):
-            refs = (self.vmem.top, self.vmem.total, self.vmem.sum)
-            state = Softmax(*(ref[h, : style.rows] for ref in refs))
-            o, lse = flash.finish(state)
+            o, lse = flash.finish(self.known(h, slice(0, style.rows), style, unseen))
             found.append(lse)
             o *= self.hbm.scales[1, h]
             if offset := window.offset(h):
@@ -393,6 +394,21 @@ class Pass(Plumbing):
         return out
 
 
+def smallest(value: jax.Array, sizes: tuple[int, ...], action: Callable[[int], None]) -> None:
+    """action(s) for the smallest of ascending sizes that is at least `value`; few branches."""
+    if len(sizes) == 1:
+        action(sizes[0])
+        return
+    half = len(sizes) // 2
+    low, high = sizes[:half], sizes[half:]
+    lax.cond(
+        value <= low[-1],
+        lambda _: smallest(value, low, action),
+        lambda _: smallest(value, high, action),
+        None,
+    )
+
+
 def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """An output that varies over the same manual mesh axes as x."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
@@ -402,6 +418,7 @@ def ragged_attention_kernel(
     batch: Batch,
     operands: dict[str, jax.Array],
     *,
+    bounds_checks: bool = False,
     problem: Problem,
     plan: Plan,
     chip: Chip,
@@ -422,6 +439,8 @@ def ragged_attention_kernel(
     """
     names = [name for name in Operands._fields if name in operands]
     spaces = {"scales": pltpu.SMEM, "sinks": pltpu.VMEM}
+    if not problem.streams_pages:
+        spaces["indices"] = pltpu.SMEM
     q, cache = operands["q"], operands["cache"]
     inputs = {
         name: x if interpret or name in spaces else pltpu.with_memory_space_constraint(x, pltpu.HBM)
@@ -457,7 +476,9 @@ def ragged_attention_kernel(
         out_shape=list(outputs.values()),
         input_output_aliases={len(batch) + names.index("cache"): len(outputs) - 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_allowed(problem, plan, chip)
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=vmem_allowed(problem, plan, chip),
+            disable_bounds_checks=not bounds_checks,
         ),
         interpret=interpret,
     )(*batch, *(inputs[name] for name in names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,10 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MANY = 64  # query tokens from which on a block is worth the arithmetic for large blocks
 STRIP_ROWS = 256  # rows of logits that are computed together
-SMEM_WORDS = 2**17  # for the description of the batch, of the 2**18 of every chip
+TILE_BYTES = 8 * 2**20  # longest tile worth having
+TILES_BYTES = 32 * 2**20  # more in flight does not hide more
+RESIDENT_PAGES = 2**16  # longest list of pages that is kept in SMEM
+SMEM_WORDS = 2**16  # for the description of the batch, of the 2**18 of every chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Problem:
     lse: bool
 
     @property
+    def streams_pages(self) -> bool:
+        """Whether the list of pages is too long for SMEM, and is read from HBM as needed."""
+        return self.num_indices > RESIDENT_PAGES
+
+    @property
     def group(self) -> int:
         """Query heads of a key/value head."""
         return self.q_heads // self.layout.kv_heads
@@ -82,8 +91,8 @@ class Plan:
     Attributes:
       queries: most query tokens of a block, a power of two.
       keys: keys of a tile.
-      tiles: buffers of tiles, a power of two; all but one are being fetched ahead.
-      blocks: buffers of blocks of queries, likewise.
+      tiles: buffers of tiles, a power of two.
+      blocks: buffers of blocks of queries, a power of two; all but one are being fetched ahead.
     """
 
     queries: int
@@ -108,8 +117,18 @@ class Plan:
 
     @property
     def records(self) -> int:
-        """Records that are known at once, a power of two: those of the tiles and 3 more."""
-        return 1 << (self.tiles + 2).bit_length()
+        """Records that are known at once, a power of two."""
+        return 2 * max(self.tiles, 4)
+
+    @property
+    def lookahead(self) -> int:
+        """Tiles that are being fetched ahead; of the others, all but one are being written back."""
+        return 1 if self.tiles == 2 else self.tiles - max(self.tiles // 4, 2)
+
+    @property
+    def ahead(self) -> int:
+        """Records that are made ahead of the one being computed."""
+        return self.records - 1
 
     def limits(self, problem: Problem) -> Limits:
         """What the schedule depends on."""
@@ -172,7 +191,7 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
     rows = round_up(queries * problem.group, 16)
     styles = [style_of(problem, plan, n, side) for n in plan.query_sizes]
     lanes = layout.keys.width * (2 if any(style.split for style in styles) else 1)
-    fresh = round_up(queries // layout.pack, GROUP_ROWS) + 6 * GROUP_ROWS
+    fresh = queries + 6 * GROUP_ROWS * layout.pack
     found = {
         "tiles": ((plan.tiles, plan.keys // layout.pack, layout.width), jnp.int32),
         "queries": ((plan.blocks, queries, problem.q_heads, layout.key_dim), problem.dtype),
@@ -184,7 +203,7 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
         "out": ((2, queries, problem.q_heads, layout.value_dim), problem.dtype),
     }
     if problem.update:
-        found["fresh"] = ((plan.blocks, fresh, layout.width), jnp.int32)
+        found["fresh"] = ((plan.blocks, fresh, layout.width), jnp.dtype(layout.dtype))
     if problem.tree:
         found["tree"] = ((plan.blocks, queries + GROUP_ROWS, LANES), jnp.int32)
     if problem.lse:
@@ -275,17 +294,17 @@ def model(problem: Problem, chip: Chip) -> Plan:
       UnsupportedError: nothing fits.
     """
     least = 64 if problem.tree else GROUP_ROWS * problem.layout.pack
-    wanted = max(least, min(256, 1 << max(problem.num_tokens - 1, 0).bit_length()))
-    sizes = [n for n in (256, 128, 64, 32, 16, 8) if least <= n <= wanted]
-    for tiles, keys in ((4, 2048), (4, 1024), (2, 1024), (2, 512)):
-        for queries in sizes:
-            plan = Plan(queries, keys, tiles, min(tiles, 4))
-            if fits(problem, plan, chip) and (queries >= min(128, wanted) or keys == 512):
-                return plan
-    for queries in sizes:
-        plan = Plan(queries, 512, 2, 2)
-        if fits(problem, plan, chip):
-            return plan
+    prefill = problem.num_tokens > 8 * problem.num_requests
+    wanted = max(least, min(256 if prefill else 32, problem.num_tokens))
+    sizes = [n for n in (256, 128, 64, 32, 16, 8) if n >= least and n < 2 * wanted]
+    for enough in (4, 2):
+        for keys, queries in itertools.product((4096, 2048, 1024, 512), sizes):
+            tile = keys * problem.layout.token_bytes
+            for tiles in (16, 8, 4, 2):
+                plan = Plan(queries, keys, tiles, min(tiles, 8))
+                useful = tile <= TILE_BYTES and (tiles <= 4 or tiles * tile <= TILES_BYTES)
+                if useful and tiles >= enough and fits(problem, plan, chip):
+                    return plan
     raise UnsupportedError(
         where="ragged_attention",
         what=f"{problem.q_heads} heads of {problem.layout}",

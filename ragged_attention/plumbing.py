@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,11 +24,14 @@ from ragged_attention.schedule import (
     Noted,
     Record,
     Walk,
+    select,
     store_record,
 )
 
 Ref = Any
-FRESH_ABOVE = 2 * GROUP_ROWS  # rows of a buffer of fresh words above the first that is fetched
+LANE_BITS = LANES.bit_length() - 1
+UNROLL = 4  # pages whose transfers are started together: scalar code has long latencies
+FRESH_ABOVE = 2  # groups of a buffer of fresh rows above the first that is fetched
 
 
 class Operands(NamedTuple):
@@ -35,9 +39,10 @@ class Operands(NamedTuple):
 
     scales: Ref  # [2, kv_heads] f32, of logits and of values
     sinks: Ref | None  # [q_heads, 128] f32, lanes equal
-    indices: Ref  # [.., 128] i32, the list of pages, and two rows more
+    indices: Ref  # the list of pages, -1 for any that is not in the pool: [..] i32 in SMEM if it is
+    #               short, else [.., 128]
     q: Ref  # [T, q_heads, key_dim]
-    fresh: Ref | None  # [T / pack, width] i32, words of the new rows
+    fresh: Ref | None  # [T, width] new rows in the type of the cache
     tree: Ref | None  # [T, 128] i32, words of ancestors in lanes 0 and 1
     o: Ref  # [T, q_heads, value_dim]
     lse: Ref | None  # [T, lanes] f32
@@ -66,12 +71,13 @@ class Scratch(NamedTuple):
     total: Ref  # [kv_heads, R, 128] f32
     sum: Ref  # [kv_heads, R, value lanes] f32
     out: Ref  # [2, Q, q_heads, value_dim]
-    fresh: Ref | None  # [blocks, rows, width] i32
+    fresh: Ref | None  # [blocks, tokens, width] in the type of the cache
     tree: Ref | None  # [blocks, Q + 8, 128] i32
     lse: Ref | None  # [2, Q, lanes] f32
     books: Ref  # [records, fields] the records
-    pages: Ref  # [records, rows, 128] part of the list of pages, for a record
+    pages: Ref | None  # [records, rows, 128] part of a long list of pages, for a record
     fetched: Ref  # [tiles] rows of words on their way into a tile
+    erased: Ref  # [tiles] -1 if pages of the tile are not in the pool
     stored: Ref  # [tiles] rows of words on their way out of it
     leaving: Ref  # [2] tokens whose outputs are on their way
     sems: Sems
@@ -84,8 +90,11 @@ class Scratch(NamedTuple):
         return Scratch(
             **(optional | found),
             books=pltpu.SMEM((plan.records, len(Record._fields)), jnp.int32),
-            pages=pltpu.SMEM((plan.records, index_rows(problem, plan), LANES), jnp.int32),
+            pages=pltpu.SMEM((plan.records, index_rows(problem, plan), LANES), jnp.int32)
+            if problem.streams_pages
+            else None,
             fetched=pltpu.SMEM((plan.tiles,), jnp.int32),
+            erased=pltpu.SMEM((plan.tiles,), jnp.int32),
             stored=pltpu.SMEM((plan.tiles,), jnp.int32),
             leaving=pltpu.SMEM((2,), jnp.int32),
             sems=Sems(
@@ -125,9 +134,9 @@ class Plumbing:
         return Walk(self.batch, self.plan.limits(self.problem))
 
     @property
-    def grain(self) -> int:
-        """Rows of words that page transfers are multiples of."""
-        return GROUP_ROWS if self.layout.page_rows % GROUP_ROWS == 0 else 1
+    def whole_groups(self) -> bool:
+        """Whether pages are groups of GROUP_ROWS rows; the rows of smaller ones move one by one."""
+        return self.layout.page_rows % GROUP_ROWS == 0
 
     def record(self, index: Any) -> Noted:
         """Record number `index`, if it is among those known."""
@@ -138,7 +147,7 @@ class Plumbing:
         return jnp.int32(index) & (self.plan.tiles - 1)
 
     def make(self, index: Any, cursor: Any) -> Any:
-        """Makes record `index` and starts to fetch its part of the list of pages."""
+        """Makes record `index` and starts to fetch its part of a long list of pages."""
         record, cursor = self.walk.record(cursor)
         slot = jnp.int32(index) & (self.plan.records - 1)
         store_record(self.vmem.books, slot, record)
@@ -146,136 +155,154 @@ class Plumbing:
         return cursor
 
     def indices(self, slot: jax.Array, page: jax.Array, act: Callable[[Any], None]) -> None:
-        """The transfers of a record's part of the list of pages."""
+        """The transfers of a record's part of a long list of pages."""
+        if self.vmem.pages is None:
+            return
         for row in range(self.vmem.pages.shape[1]):
-            source = self.hbm.indices.at[pl.ds((page >> 7) + row, 1)]
+            source = self.hbm.indices.at[pl.ds((page >> LANE_BITS) + row, 1)]
             target = self.vmem.pages.at[slot, pl.ds(row, 1)]
             act(pltpu.make_async_copy(source, target, self.vmem.sems.indices.at[slot]))
 
-    def page(self, record: Noted, place: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The page at a place of the record's tile, and whether it is one of the pool."""
-        index = (record.page & (LANES - 1)) + place
-        page = self.vmem.pages[record.slot, index >> 7, index & (LANES - 1)]
-        legal = (page >= 0) & (page < self.problem.num_pages) & (place < record.pages)
-        return page, legal
+    def pages_of(self, record: Noted) -> Callable[[Any], jax.Array]:
+        """The pages of a record's tile by their place; negative if not in the pool."""
+        first, pages, slot = record.page, self.vmem.pages, record.slot
+        if pages is None:
+            return lambda place: self.hbm.indices[first + place]
+        first &= LANES - 1
 
-    def each_page(
-        self, record: Noted, begin: jax.Array, end: jax.Array, action: Callable[..., None]
-    ) -> None:
-        """action(page, legal, rows of it in the tile, its first row in HBM) for rows of a tile.
+        def page(place: Any) -> jax.Array:
+            index = first + place
+            return pages[slot, index >> LANE_BITS, index & (LANES - 1)]
 
-        Rows [begin, end) of words are multiples of the grain.
-        """
-        size = self.layout.page_rows
+        return page
 
-        def step(place: jax.Array, _: None) -> None:
-            first = jnp.maximum(begin - place * size, 0)
-            count = jnp.minimum(end - place * size, size) - first
-            page, legal = self.page(record, place)
-            action(legal, place * size + first, page * size + first, count)
+    def listed(self, record: Noted) -> tuple[jax.Array, jax.Array]:
+        """How many pages the tile has, and how many of them are in the list."""
+        size = self.layout.page_size
+        needed = (record.span + size - 1) >> (size.bit_length() - 1)
+        return needed, jnp.minimum(needed, record.pages)
 
-        lax.fori_loop(lax.div(begin, size), lax.div(end + size - 1, size), step, None)
+    def groups(self, keys: jax.Array) -> jax.Array:
+        """Groups of rows of words that hold so many keys."""
+        group = GROUP_ROWS * self.layout.pack
+        return (keys + group - 1) >> (group.bit_length() - 1)
 
-    def part(self, ref: Ref, begin: jax.Array, count: jax.Array) -> Ref:
-        """Rows of words; both numbers are multiples of the grain."""
-        grain = self.grain
-        return ref.at[pl.ds(pl.multiple_of(begin, grain), pl.multiple_of(count, grain))]
-
-    def move(self, source: Any, target: Any, count: jax.Array, sem: Ref) -> None:
+    def move(self, source: Any, target: Any, count: Any, sem: Ref) -> None:
         """Starts to move `count` rows of words; source and target are (ref, first row)."""
-        if self.grain > 1:
-            ends = (self.part(*end, count) for end in (source, target))
+        if self.whole_groups:
+            ends = (rows_of(ref, first, count) for ref, first in (source, target))
             pltpu.make_async_copy(*ends, sem).start()
             return
 
-        def row(i: jax.Array, _: None) -> None:
-            ends = (ref.at[pl.ds(begin + i, 1)] for ref, begin in (source, target))
+        def row(i: jax.Array) -> None:
+            ends = (ref.at[pl.ds(first + i, 1)] for ref, first in (source, target))
             pltpu.make_async_copy(*ends, sem).start()
 
-        lax.fori_loop(0, count, row, None)
+        repeat(count, row)
 
     def await_rows(self, ref: Ref, count: jax.Array, sem: Ref) -> None:
         """Waits until `count` rows of words have been moved."""
-        if self.grain > 1:
 
-            @pl.when(count > 0)
-            def _() -> None:
-                rows = self.part(ref, jnp.int32(0), count)
+        @pl.when(count > 0)
+        def _() -> None:
+            if self.whole_groups:
+                rows = rows_of(ref, 0, count)
                 pltpu.make_async_copy(rows, rows, sem).wait()
-
-            return
-        row = ref.at[pl.ds(0, 1)]
-        lax.fori_loop(0, count, lambda *_: pltpu.make_async_copy(row, row, sem).wait(), None)
+            else:
+                row = ref.at[pl.ds(0, 1)]
+                repeat(count, lambda _: pltpu.make_async_copy(row, row, sem).wait())
 
     # Tiles: pages come in, and the groups with new rows go out.
 
     def start_tile(self, index: Any, now: Any) -> None:
         """Starts to fetch the tile of a record, unless a fence is between it and record `now`."""
         record = self.record(index)
+        free = (record.kind & END) == 0
+        if self.walk.limits.may_write_ahead:
+            free &= record.fences == self.record(now).fences
 
-        @pl.when(~record.has(END) & (record.fences == self.record(now).fences))
+        @pl.when(free)
         def _() -> None:
             self.fetch_tile(record, self.tile(index))
 
     def fetch_tile(self, record: Noted, slot: jax.Array) -> None:
-        """Starts to fetch a tile; pages that are not in the pool are zeros."""
-        self.await_store(slot)
+        """Starts to fetch a tile."""
+        if self.problem.update:
+            self.await_store(slot)
         self.indices(record.slot, record.page, lambda copy: copy.wait())
+        tile, sem = self.vmem.tiles.at[slot], self.vmem.sems.tiles.at[slot]
+        size = self.layout.page_rows
+        needed, listed = self.listed(record)
+        rows = jnp.minimum(self.groups(record.span) * GROUP_ROWS, listed * size)
+
+        page_at = self.pages_of(record)
+
+        def fetch(place: Any) -> jax.Array:
+            """Starts to fetch a page, as far as it has any of the tile's keys."""
+            page = page_at(place)
+            count = jnp.clip(rows - place * size, 0, size)
+            self.move((self.hbm.cache, jnp.maximum(page, 0) * size), (tile, place * size), count, sem)
+            return jnp.where(count > 0, page, 0)
+
+        def several(i: jax.Array, signs: jax.Array) -> jax.Array:
+            return functools.reduce(
+                jnp.bitwise_or, [fetch(i * UNROLL + j) for j in range(UNROLL)], signs
+            )
+
+        signs = select(listed < needed, -1, 0)
+        signs = lax.fori_loop(0, (listed + UNROLL - 1) >> (UNROLL.bit_length() - 1), several, signs)
+        self.vmem.fetched[slot] = rows
+        self.vmem.erased[slot] = signs
+
+    def await_tile(self, record: Noted, slot: jax.Array) -> None:
+        """Waits for a tile; pages that are not in the pool become zeros."""
         tile = self.vmem.tiles.at[slot]
-        group = GROUP_ROWS * self.layout.pack
-        rows = lax.div(record.span + group - 1, group) * GROUP_ROWS
-        sem = self.vmem.sems.tiles.at[slot]
-        self.vmem.fetched[slot] = 0
+        self.await_rows(tile, self.vmem.fetched[slot], self.vmem.sems.tiles.at[slot])
 
-        def fetch(legal: Any, row: Any, source: Any, count: Any) -> None:
-            @pl.when(legal)
-            def _() -> None:
-                self.move((self.hbm.cache, source), (tile, row), count, sem)
-                self.vmem.fetched[slot] += count
+        @pl.when(self.vmem.erased[slot] < 0)
+        def _() -> None:
+            repeat(self.listed(record)[0], lambda place: self.erase(record, tile, place))
 
-            @pl.when(~legal)
-            def _() -> None:
-                self.clear(tile, row, count)
+    def erase(self, record: Noted, tile: Ref, place: jax.Array) -> None:
+        """Zeroes a page of a tile that is not in the pool."""
+        size = self.layout.page_rows
+        listed = place < record.pages
+        page = self.pages_of(record)(select(listed, place, 0))
 
-        self.each_page(record, jnp.int32(0), rows, fetch)
+        @pl.when(~listed | (page < 0))
+        def _() -> None:
+            zeros = jnp.zeros((1, self.layout.width), jnp.int32)
 
-    def clear(self, tile: Ref, row: jax.Array, count: jax.Array) -> None:
-        """Zeroes rows of a tile."""
-        grain = self.grain
+            def clear(i: jax.Array) -> None:
+                tile[pl.ds(place * size + i, 1)] = zeros
 
-        def step(i: jax.Array, _: None) -> None:
-            rows = pl.ds(pl.multiple_of(row + i * grain, grain), grain)
-            tile[rows] = jnp.zeros((grain, self.layout.width), jnp.int32)
+            repeat(size, clear)
 
-        lax.fori_loop(0, lax.div(count, grain), step, None)
-
-    def await_tile(self, index: Any) -> None:
-        """Waits for the tile of a record."""
-        slot = self.tile(index)
-        self.await_rows(
-            self.vmem.tiles.at[slot], self.vmem.fetched[slot], self.vmem.sems.tiles.at[slot]
-        )
-
-    def store_tile(self, record: Noted, slot: jax.Array) -> None:
-        """Starts to write the groups of a tile that hold new rows."""
-        group = GROUP_ROWS * self.layout.pack
-        begin = lax.div(record.cached, group) * GROUP_ROWS
-        end = lax.div(record.span + group - 1, group) * GROUP_ROWS
+    def store_groups(self, record: Noted, slot: jax.Array, begin: Any, end: Any) -> None:
+        """Starts to write groups [begin, end) of a tile to the cache."""
         tile, sem = self.vmem.tiles.at[slot], self.vmem.sems.stores.at[slot]
+        step = min(GROUP_ROWS, self.layout.page_rows)
+        shift = self.layout.page_rows.bit_length() - 1
 
-        def store(legal: Any, row: Any, target: Any, count: Any) -> None:
-            @pl.when(legal)
+        def store(i: jax.Array) -> None:
+            row = i * step
+            place = row >> shift
+            listed = place < record.pages
+            page = self.pages_of(record)(select(listed, place, 0))
+
+            @pl.when(listed & (page >= 0))
             def _() -> None:
-                self.move((tile, row), (self.hbm.cache, target), count, sem)
-                self.vmem.stored[slot] += count
+                target = (page << shift) + (row & (self.layout.page_rows - 1))
+                self.move((tile, row), (self.hbm.cache, target), step, sem)
+                self.vmem.stored[slot] += step
 
-        self.each_page(record, begin, end, store)
+        parts = GROUP_ROWS // step
+        lax.fori_loop(begin * parts, end * parts, lambda i, _: store(i), None)
 
     def await_store(self, slot: jax.Array) -> None:
         """Waits until a tile's new rows are in the cache."""
-        self.await_rows(
-            self.vmem.tiles.at[slot], self.vmem.stored[slot], self.vmem.sems.stores.at[slot]
-        )
+        tile = self.vmem.tiles.at[slot]
+        self.await_rows(tile, self.vmem.stored[slot], self.vmem.sems.stores.at[slot])
         self.vmem.stored[slot] = 0
 
     # New rows: words of the tokens' own order, which the kernel shifts into that of the positions.
@@ -295,10 +322,10 @@ class Plumbing:
     def fresh_copy(self, record: Noted, slot: jax.Array) -> Any:
         """The transfer of a record's new rows."""
         assert self.hbm.fresh is not None and self.vmem.fresh is not None
-        begin, count = self.fresh_rows(record)
-        count = pl.multiple_of(count, GROUP_ROWS)
-        source = self.hbm.fresh.at[pl.ds(pl.multiple_of(begin, GROUP_ROWS), count)]
-        target = self.vmem.fresh.at[slot, pl.ds(FRESH_ABOVE, count)]
+        group = GROUP_ROWS * self.layout.pack
+        begin, count = (pl.multiple_of(x * self.layout.pack, group) for x in self.fresh_rows(record))
+        source = self.hbm.fresh.at[pl.ds(begin, count)]
+        target = self.vmem.fresh.at[slot, pl.ds(FRESH_ABOVE * group, count)]
         return pltpu.make_async_copy(source, target, self.vmem.sems.fresh.at[slot])
 
     def mend(self, record: Noted, slot: jax.Array, fresh: Ref | None) -> None:
@@ -311,9 +338,8 @@ class Plumbing:
 
         def low(count: jax.Array) -> jax.Array:
             """A mask of the first `count` tokens of each word."""
-            count = jnp.clip(count, 0, pack)
-            some = jnp.left_shift(1, jnp.minimum(count, pack - 1) * width) - 1
-            return jnp.where(count == pack, -1, some)
+            some = jnp.left_shift(1, jnp.clip(count, 0, pack - 1) * width) - 1
+            return jnp.where(count >= pack, -1, some)
 
         def step(g: jax.Array, _: None) -> None:
             rows = pl.ds(pl.multiple_of(g * GROUP_ROWS, GROUP_ROWS), GROUP_ROWS)
@@ -322,14 +348,16 @@ class Plumbing:
             mended = tile[rows] & (kept & valid)
             if fresh is not None:
                 place = ((record.key + g * group) >> bits) + (shift >> bits)
-                place += FRESH_ABOVE - self.fresh_rows(record)[0]
-                new = shifted(fresh, place, (shift & (pack - 1)) * width)
+                place += FRESH_ABOVE * GROUP_ROWS - self.fresh_rows(record)[0]
+                new = shifted(fresh, pack, place, (shift & (pack - 1)) * width)
                 mended |= new & (valid & ~kept)
             tile[rows] = mended
 
-        lax.fori_loop(
-            lax.div(record.cached, group), lax.div(record.span + group - 1, group), step, None
-        )
+        lax.fori_loop(self.whole_group(record.cached), self.groups(record.span), step, None)
+
+    def whole_group(self, keys: jax.Array) -> jax.Array:
+        """Groups that are full of so many keys."""
+        return keys >> ((GROUP_ROWS * self.layout.pack).bit_length() - 1)
 
     # Blocks: queries come in, outputs go out.
 
@@ -413,10 +441,17 @@ class Plumbing:
             self.vmem.leaving[slot] = 0
 
 
-def shifted(words: Ref, place: jax.Array, fields: jax.Array) -> jax.Array:
+def rows_of(ref: Ref, first: Any, count: Any) -> Ref:
+    """Rows of words; both numbers are multiples of GROUP_ROWS."""
+    if not isinstance(count, int):
+        count = pl.multiple_of(count, GROUP_ROWS)
+    return ref.at[pl.ds(pl.multiple_of(first, GROUP_ROWS), count)]
+
+
+def shifted(tokens: Ref, pack: int, place: jax.Array, fields: jax.Array) -> jax.Array:
     """GROUP_ROWS rows of words from row `place` and, by `fields` bits, from the rows behind."""
-    aligned = pl.multiple_of(place & -GROUP_ROWS, GROUP_ROWS)
-    rows = words[pl.ds(aligned, 2 * GROUP_ROWS)]
+    aligned = pl.multiple_of((place & -GROUP_ROWS) * pack, GROUP_ROWS * pack)
+    rows = pltpu.bitcast(tokens[pl.ds(aligned, 2 * GROUP_ROWS * pack)], jnp.int32)
     down = 2 * GROUP_ROWS - (place & (GROUP_ROWS - 1))
     here = pltpu.roll(rows, down, 0)[:GROUP_ROWS]
     behind = pltpu.roll(rows, down - 1, 0)[:GROUP_ROWS]

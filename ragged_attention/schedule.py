@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from reference.ragged_attention import TREE_TOKENS
 
@@ -62,16 +61,30 @@ class Record(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """Where the walk is: the next record to make."""
+    """Where the walk is: the next record to make; int32 scalars.
 
-    segment: jax.Array  # 0 is the rows before the first request, r + 1 is request r
-    begin: jax.Array  # the segment's rows are [begin, end)
-    end: jax.Array
-    row: jax.Array  # first row of the next block
-    key: jax.Array  # first key of the next tile; of the next tile that writes, its first new key
-    writing: jax.Array  # 1 in records that only write
+    Attributes:
+      segment: 0 is the rows before the first request, r + 1 is request r.
+      begin: the segment's first row.
+      row: first row of the next block.
+      key: first key of the next tile, or NEW at the first of a block; of the next record that only
+        writes, its first new key.
+      written: whether the segment's new rows have been written ahead: NOT_YET, PARTLY or WHOLLY.
+      fences: how many fences there have been.
+      block: number of the next block.
+    """
+
+    segment: jax.Array
+    begin: jax.Array
+    row: jax.Array
+    key: jax.Array
+    written: jax.Array
     fences: jax.Array
     block: jax.Array
+
+
+NEW = -1
+NOT_YET, PARTLY, WHOLLY = 0, 1, 2
 
 
 class Batch(NamedTuple):
@@ -98,15 +111,20 @@ class Limits(NamedTuple):
     tree: bool
     update: bool
 
+    @property
+    def may_write_ahead(self) -> bool:
+        """Whether a request can be longer than a block, and has rows to write."""
+        return self.update and self.num_tokens > self.block
+
 
 class Request(NamedTuple):
-    """What a segment is."""
+    """What a segment is; its rows are [begin, end)."""
 
-    kv_len: jax.Array
+    number: jax.Array  # of the request, 0 where there is none
+    end: jax.Array
+    kv_len: jax.Array  # 0 where there is no request
     first: jax.Array  # position of its first query token, negative if the lengths are wrong
     window: jax.Array
-    number: jax.Array  # of the request, 0 where there is none
-    is_request: jax.Array
     long: jax.Array  # its new rows are written by records of their own
 
 
@@ -115,8 +133,13 @@ def select(condition: jax.Array, then: Any, otherwise: Any) -> jax.Array:
     return jnp.where(condition, jnp.int32(then), jnp.int32(otherwise))
 
 
+def either(condition: jax.Array, then: Any, otherwise: Any) -> Any:
+    """One of two tuples of scalars."""
+    return jax.tree.map(lambda a, b: select(condition, a, b), then, otherwise)
+
+
 class Walk(NamedTuple):
-    """Makes records."""
+    """Makes records, without branches: their scalar code is one straight line."""
 
     batch: Batch
     limits: Limits
@@ -124,107 +147,107 @@ class Walk(NamedTuple):
     def start(self) -> Cursor:
         """Before the first record."""
         zero = jnp.int32(0)
-        blank = Cursor(*[zero] * len(Cursor._fields))
-        return self.enter(blank, zero, zero)
-
-    def bound(self, segment: jax.Array) -> jax.Array:
-        """Where a segment's rows end, if that is behind where they begin."""
-        count = self.batch.num_requests[0]
-        inside = segment <= count
-        end = self.batch.cu_q_lens[select(inside, segment, 0)]
-        return select(inside, jnp.minimum(end, self.limits.num_tokens), self.limits.num_tokens)
-
-    def enter(self, at: Cursor, segment: jax.Array, begin: jax.Array) -> Cursor:
-        """The first block of the next segment that has rows, or the end."""
-        last = self.batch.num_requests[0] + 1
-        segment = lax.while_loop(
-            lambda s: (s <= last) & (self.bound(jnp.minimum(s, last)) <= begin),
-            lambda s: s + 1,
-            segment,
-        )
-        end = self.bound(jnp.minimum(segment, last))
-        moved = at._replace(segment=segment, begin=begin, end=end, row=begin)
-        request = self.request(moved)
-        return moved._replace(
-            writing=request.long.astype(jnp.int32),
-            key=select(
-                request.long, jnp.maximum(request.first, 0), self.keys(moved, request, begin)[0]
-            ),
-        )
-
-    def over(self, at: Cursor) -> jax.Array:
-        """Whether all records have been made."""
-        return at.segment > self.batch.num_requests[0] + 1
-
-    def request(self, at: Cursor) -> Request:
-        """What the cursor's segment is."""
-        limits = self.limits
-        is_request = (at.segment > 0) & (at.segment <= self.batch.num_requests[0])
-        number = select(is_request, at.segment - 1, 0)
-        kv_len = select(is_request, jnp.maximum(self.batch.kv_lens[number], 0), 0)
-        window = jnp.int32(0)
-        if limits.windowed:
-            window = select(is_request, jnp.maximum(self.batch.windows[number], 0), 0)
-        length = at.end - at.begin
-        long = (length > limits.block) & (kv_len > 0) & limits.update
-        return Request(kv_len, kv_len - length, window, number, is_request, long)
-
-    def keys(
-        self, at: Cursor, request: Request, row: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The keys [begin, end) that the block at `row` sees, and its tokens."""
-        limits = self.limits
-        count = jnp.minimum(at.end - row, limits.block)
-        position = request.first + row - at.begin
-        begin, end = jnp.int32(0), request.kv_len
-        if limits.windowed:
-            oldest = jnp.maximum(position - request.window + 1, 0)
-            oldest = jnp.minimum(oldest, request.kv_len)
-            begin = select(request.window > 0, oldest - lax.rem(oldest, limits.page_size), 0)
-        if limits.causal:
-            end = jnp.clip(position + count, 0, request.kv_len)
-        return begin, end, count
+        return Cursor(zero, zero, zero, jnp.int32(NEW), zero, zero, zero)
 
     def record(self, at: Cursor) -> tuple[Record, Cursor]:
         """The cursor's record, and the cursor behind it; the END once all are made."""
         request = self.request(at)
-        written, past_write = self.write_record(at, request)
-        attended, past_tile = self.attend_record(at, request)
-        writing = at.writing == 1
-
-        def pick(then: Any, otherwise: Any) -> Any:
-            return jax.tree.map(lambda a, b: select(writing, a, b), then, otherwise)
-
-        record, moved = pick(written, attended), pick(past_write, past_tile)
-        over = self.over(at)
+        record, moved = self.attend_record(at, request)
+        if self.limits.may_write_ahead:
+            writing = request.long & (at.written != WHOLLY)
+            record, moved = either(writing, self.write_record(at, request), (record, moved))
+        done = moved.row >= request.end
+        onwards = moved._replace(
+            segment=at.segment + 1, begin=request.end, row=request.end, written=jnp.int32(NOT_YET)
+        )
+        moved = either(done, onwards, moved)
+        over = at.segment > self.batch.num_requests[0] + 1
         record = record._replace(kind=select(over, END, record.kind))
-        done = (moved.row >= moved.end) & ~over
-        stepped = lax.cond(done, lambda c: self.enter(c, c.segment + 1, c.end), lambda c: c, moved)
-        return record, jax.tree.map(lambda new, old: select(over, old, new), stepped, at)
+        return record, either(over, at, moved)
+
+    def request(self, at: Cursor) -> Request:
+        """What the cursor's segment is."""
+        limits, count = self.limits, self.batch.num_requests[0]
+        behind = at.segment > count
+        is_request = (at.segment > 0) & ~behind
+        number = select(is_request, at.segment - 1, 0)
+        bound = jnp.minimum(self.batch.cu_q_lens[select(behind, 0, at.segment)], limits.num_tokens)
+        end = jnp.maximum(select(behind, limits.num_tokens, bound), at.begin)
+        kv_len = select(is_request, jnp.maximum(self.batch.kv_lens[number], 0), 0)
+        window = jnp.int32(0)
+        if limits.windowed:
+            window = select(is_request, jnp.maximum(self.batch.windows[number], 0), 0)
+        length = end - at.begin
+        long = (length > limits.block) & (kv_len > 0)
+        return Request(number, end, kv_len, kv_len - length, window, long)
+
+    def keys(self, at: Cursor, request: Request) -> tuple[jax.Array, jax.Array]:
+        """The keys [begin, end) that the cursor's block sees."""
+        limits = self.limits
+        position = request.first + at.row - at.begin
+        begin, end = jnp.int32(0), request.kv_len
+        if limits.windowed:
+            oldest = jnp.clip(position - request.window + 1, 0, request.kv_len)
+            begin = select(request.window > 0, oldest & -limits.page_size, 0)
+        if limits.causal:
+            end = jnp.clip(position + limits.block, 0, request.kv_len)
+        return begin, end
 
     def common(self, at: Cursor, request: Request, key: jax.Array) -> dict[str, Any]:
         """Fields that all records of a request have in common."""
-        offsets = self.batch.page_offsets
-        begin = jnp.clip(offsets[request.number], 0, self.limits.num_indices)
-        end = jnp.clip(offsets[request.number + 1], 0, self.limits.num_indices)
-        place = begin + lax.div(key, jnp.int32(self.limits.page_size))
-        length = at.end - at.begin
+        offsets, limits = self.batch.page_offsets, self.limits
+        begin = jnp.clip(offsets[request.number], 0, limits.num_indices)
+        end = jnp.clip(offsets[request.number + 1], 0, limits.num_indices)
+        place = begin + (key >> (limits.page_size.bit_length() - 1))
         return {
             "first": request.first,
             "key": key,
-            "page": place,
+            "page": jnp.minimum(place, limits.num_indices),
             "pages": jnp.maximum(end - place, 0),
             "window": request.window,
-            "is_tree": (length <= TREE_TOKENS).astype(jnp.int32),
+            "is_tree": (request.end - at.begin <= TREE_TOKENS).astype(jnp.int32),
         }
 
-    def write_record(self, at: Cursor, request: Request) -> tuple[Record, Cursor]:
-        """Writes the new rows from position at.key on."""
+    def attend_record(self, at: Cursor, request: Request) -> tuple[Record, Cursor]:
+        """A tile of keys for the block of query tokens at at.row."""
         limits = self.limits
-        key = at.key - lax.rem(at.key, limits.page_size)
+        begin, end = self.keys(at, request)
+        opens = at.key == NEW
+        key = select(opens, begin, at.key)
+        count = jnp.minimum(request.end - at.row, limits.block)
+        span = jnp.clip(end - key, 0, limits.tile)
+        span = select(count > 0, span, 0)
+        in_cache = request.kv_len
+        if limits.update:
+            in_cache = select(request.long, request.kv_len, jnp.maximum(request.first, 0))
+        closes = key + limits.tile >= end
+        fence = opens & (at.row == at.begin) & request.long & limits.update
+        kind = select(opens, FIRST, 0) + select(closes, LAST, 0) + select(fence, FENCE, 0)
+        record = Record(
+            kind=select(count > 0, kind, 0),
+            row=at.row,
+            count=count,
+            position=request.first + at.row - at.begin,
+            span=span,
+            cached=jnp.clip(in_cache - key, 0, span),
+            fences=at.fences,
+            block=at.block,
+            **self.common(at, request, key),
+        )
+        moved = at._replace(
+            row=select(closes, at.row + limits.block, at.row),
+            key=select(closes, NEW, key + limits.tile),
+            block=at.block + closes.astype(jnp.int32),
+        )
+        return record, moved
+
+    def write_record(self, at: Cursor, request: Request) -> tuple[Record, Cursor]:
+        """Writes the new rows from a position on."""
+        limits = self.limits
+        new = select(at.written == NOT_YET, jnp.maximum(request.first, 0), at.key)
+        key = new & -limits.page_size
         group = GROUP_ROWS * limits.pack  # records do not share what a DMA moves
-        most = at.key + limits.block
-        end = jnp.minimum(key + limits.tile, most - lax.rem(most, group))
+        end = jnp.minimum(key + limits.tile, (new + limits.block) & -group)
         end = jnp.minimum(end, request.kv_len)
         record = Record(
             kind=jnp.int32(WRITES),
@@ -232,46 +255,16 @@ class Walk(NamedTuple):
             count=jnp.int32(0),
             position=request.first,
             span=end - key,
-            cached=at.key - key,
+            cached=new - key,
             fences=at.fences,
             block=at.block,
             **self.common(at, request, key),
         )
-        done = (end >= request.kv_len).astype(jnp.int32)
-        first_key = self.keys(at, request, at.begin)[0]
+        done = end >= request.kv_len
         moved = at._replace(
-            key=select(done == 1, first_key, end), writing=1 - done, fences=at.fences + done
-        )
-        return record, moved
-
-    def attend_record(self, at: Cursor, request: Request) -> tuple[Record, Cursor]:
-        """A tile of keys for the block of query tokens at at.row."""
-        limits = self.limits
-        begin, end, count = self.keys(at, request, at.row)
-        span = jnp.clip(end - at.key, 0, limits.tile)
-        in_cache = request.kv_len
-        if limits.update:
-            in_cache = select(request.long, request.kv_len, jnp.maximum(request.first, 0))
-        opens, closes = at.key == begin, at.key + limits.tile >= end
-        fence = opens & (at.row == at.begin) & request.long
-        record = Record(
-            kind=select(opens, FIRST, 0) + select(closes, LAST, 0) + select(fence, FENCE, 0),
-            row=at.row,
-            count=count,
-            position=request.first + at.row - at.begin,
-            span=span,
-            cached=jnp.clip(in_cache - at.key, 0, span),
-            fences=at.fences,
-            block=at.block,
-            **self.common(at, request, at.key),
-        )
-        row = select(closes, at.row + limits.block, at.row)
-        inside = jnp.minimum(row, at.end - 1)
-        first_key = self.keys(at, request, inside)[0]
-        moved = at._replace(
-            row=row,
-            key=select(closes, first_key, at.key + limits.tile),
-            block=at.block + closes.astype(jnp.int32),
+            key=select(done, NEW, end),
+            written=select(done, WHOLLY, PARTLY),
+            fences=at.fences + done.astype(jnp.int32),
         )
         return record, moved
 
