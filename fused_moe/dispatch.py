@@ -151,7 +151,7 @@ def describe(
     token = jnp.broadcast_to(jnp.arange(num_tokens), ids.shape)
     code = token | slot << TOKEN_BITS | jnp.where(first, FIRST, 0) | jnp.where(last, LAST, 0)
     key = 2 * experts + ~(first & last)
-    keys, codes = lax.sort((key.ravel(), code.ravel()), num_keys=1, is_stable=True)
+    keys, codes = lax.sort((key.ravel(), code.ravel()), num_keys=2, is_stable=False)
     bounds = jnp.sum(keys[None, :] < jnp.arange(2 * num_experts + 1)[:, None], axis=1)
     is_expert = experts.ravel()[None, :] == jnp.arange(num_experts)[:, None]
     firsts = jnp.sum(is_expert & first.ravel()[None, :], axis=1)
@@ -159,7 +159,7 @@ def describe(
     away = device != me
     way = (device - me - 1) % num_devices
     send_key = jnp.where(first & away, experts % layout.experts * num_devices + way, num_experts)
-    sends = lax.sort((send_key.ravel(), token.ravel()), num_keys=1)
+    sends = lax.sort((send_key.ravel(), token.ravel()), num_keys=2, is_stable=False)
     counts = jnp.stack([jnp.asarray(me), jnp.sum(first & away), jnp.sum(last & away)])
     segments = bounds[:: 2 * layout.experts]
     lists = Lists(
