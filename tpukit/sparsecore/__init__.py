@@ -20,7 +20,7 @@ from tpukit.sparsecore.core import Counts
 from tpukit.sparsecore.run import KernelRun, Run, evaluate, traced
 from tpukit.sparsecore.transfers import Timing
 
-__all__ = ["Counts", "KernelRun", "Simulation", "Timing", "faults", "simulate"]
+__all__ = ["Counts", "KernelRun", "Simulation", "Timing", "faults", "interpret", "simulate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,31 @@ def simulate(
     """
     entry = chips.chip(chip)
     closed, shapes = traced(fn, args, entry)
+    out, runs = _run(closed, [np.asarray(x) for x in jax.tree.leaves(args)], entry, timing, seed)
+    return Simulation(jax.tree.unflatten(jax.tree.structure(shapes), out), runs)
+
+
+def interpret(fn: Callable[..., Any], *args: Any, chip: str = "tpu7x") -> Any:
+    """The results of `simulate` alone, also under `jax.jit`; arguments and errors are the same."""
+    entry = chips.chip(chip)
+    closed, shapes = traced(fn, args, entry)
+
+    def run(*leaves: Any) -> Any:
+        out, _ = _run(closed, [np.asarray(x) for x in leaves], entry, "lazy", 0)
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+    return jax.pure_callback(run, shapes, *jax.tree.leaves(args))
+
+
+def _run(
+    closed: Any, leaves: list[np.ndarray], chip: chips.Chip, timing: Timing, seed: int
+) -> tuple[list[Any], tuple[KernelRun, ...]]:
     runs: list[KernelRun] = []
 
     def kernel(eqn: Any, operands: Any) -> list[np.ndarray]:
-        outputs, run = Run(eqn, entry, timing, seed)(operands)
+        outputs, run = Run(eqn, chip, timing, seed)(operands)
         runs.append(run)
         return outputs
 
-    leaves = [np.asarray(x) for x in jax.tree.leaves(args)]
     out = evaluate(closed.jaxpr, closed.consts, leaves, kernel)
-    return Simulation(jax.tree.unflatten(jax.tree.structure(shapes), out), tuple(runs))
+    return out, tuple(runs)

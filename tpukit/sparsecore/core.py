@@ -95,7 +95,6 @@ class Core:
       clock: what it knows of each core's clock, its own included.
       counts: what it moved.
       pushes: those it has not fenced.
-      line: the user's source line of its last effect.
     """
 
     def __init__(self, machine: Machine, number: int, place: Mapping[str, int], cores: int) -> None:
@@ -107,9 +106,14 @@ class Core:
         self.clock[number] = 1
         self.counts = Counts()
         self.pushes: list[Transfer] = []
-        self.line = ""
+        self._source: Any = None
         self._loops: list[Iterations] = []
         self._grid: list[Any] = []
+
+    @property
+    def line(self) -> str:
+        """The user's source line of its last effect."""
+        return _private.where(self._source)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> Steps:
         """Interprets a jaxpr; returns its results."""
@@ -133,7 +137,8 @@ class Core:
                     raise
                 line = _private.where(eqn.source_info)
                 raise type(error)(error.what, core=error.core or self.name, line=line) from None
-            env.update(zip(eqn.outvars, results, strict=True))
+            for var, result in zip(eqn.outvars, results, strict=True):
+                env[var] = result
         return [read(atom) for atom in jaxpr.outvars]
 
     def _effect(self, name: str, eqn: Any, operands: list[Any]) -> Steps:
@@ -141,7 +146,7 @@ class Core:
         if name in _CALLS:
             inner = eqn.params[_CALLS[name]]
             return (yield from self.run(inner.jaxpr, inner.consts, operands))
-        self.line = _private.where(eqn.source_info)
+        self._source = eqn.source_info
         handler = getattr(self, f"_do_{name}", None)
         if handler is None:
             raise UnmodelledError(f"the primitive {name!r} is not modelled")

@@ -166,14 +166,14 @@ class Region:
 
     def read(self, rows: np.ndarray | None = None) -> np.ndarray:
         """A copy of the contents, of these rows where it is indirect."""
-        index = self.index if rows is None else (rows, *self.index[1:])
+        index = self.index if rows is None else self._of_rows(rows)
         return np.array(self._seen[index])
 
     def write(
         self, value: np.ndarray, *, add: bool = False, rows: np.ndarray | None = None
     ) -> None:
         """Replaces the contents, or adds to them."""
-        index = self.index if rows is None else (rows, *self.index[1:])
+        index = self.index if rows is None else self._of_rows(rows)
         target = self._seen
         if add and rows is not None:
             np.add.at(target, index, value)
@@ -183,6 +183,11 @@ class Region:
             target[index] = value
         if self.dtype is not None and not np.shares_memory(target, self.buffer.data):
             self.buffer.data[...] = as_words(target, self.buffer.data.dtype)
+
+    def _of_rows(self, rows: np.ndarray) -> tuple[Any, ...]:
+        """The index with its first dimension that is left replaced by rows."""
+        axis = next(n for n, part in enumerate(self.index) if isinstance(part, slice | Indirect))
+        return (*self.index[:axis], rows, *self.index[axis + 1 :])
 
     @property
     def base_index(self) -> tuple[Any, ...]:

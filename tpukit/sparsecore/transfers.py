@@ -245,9 +245,8 @@ def move(transfer: Transfer) -> None:
 
 def _placed(region: Region, keep: np.ndarray) -> np.ndarray:
     """The rows of a near region that take part."""
-    first = region.index[0]
-    start = first.start if isinstance(first, slice) else int(first)
-    return start + np.flatnonzero(keep)
+    rows = next(part for part in region.index if isinstance(part, slice))
+    return rows.start + np.flatnonzero(keep)
 
 
 def _check_rows(region: Region, rows: np.ndarray) -> None:

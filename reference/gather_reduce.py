@@ -1,0 +1,131 @@
+"""Weighted sums of rows that indices choose, specified.
+
+    out[t] = sum_k weights[t, k] * x[indices[t, k]]
+
+A term counts if its index is a row of x, its weight is not 0 and, where `valid` is given, it is
+valid. Terms that do not count are 0 whatever x holds there: NaN and infinities do not leak, and a
+token without any term is exactly 0. Everything is float32 inside. The order of the sum is that of
+`tree_sum`: neighbours are added in pairs, then the sums of neighbours, an odd one out waits.
+
+Source: the unpermute-and-combine step of mixture-of-experts layers, as in MegaBlocks (arXiv
+2211.15841) and DeepSeek-V3 (arXiv 2412.19437).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+LANES = 128
+WORD = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """Rows of a narrow float type in 32-bit words, as `pack_columns` makes them.
+
+    The columns are cut into as many equal parts as a word has elements, after zeros up to a
+    multiple of 128 words; word c holds column c of each part, the first part lowest. Half as many
+    bytes are gathered as from bfloat16 rows in HBM, two of which share a word.
+
+    Attributes:
+      words: [rows, words] int32.
+      hidden_size: columns.
+      dtype: name of the float type, "bfloat16" or "float8_e4m3fn".
+    """
+
+    words: jax.Array
+    hidden_size: int = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def parts(self) -> int:
+        """Elements in a word."""
+        return WORD // jnp.dtype(self.dtype).itemsize
+
+
+def pack_columns(x: jax.Array) -> PackedRows:
+    """Rows x [rows, hidden_size] of bfloat16 or float8_e4m3fn as words; see `PackedRows`."""
+    rows, hidden_size = x.shape
+    parts = WORD // jnp.dtype(x.dtype).itemsize
+    words = -(-hidden_size // (parts * LANES)) * LANES
+    padded = jnp.pad(x, ((0, 0), (0, parts * words - hidden_size)))
+    by_word = padded.reshape(rows, parts, words).swapaxes(1, 2)
+    return PackedRows(
+        lax.bitcast_convert_type(by_word, jnp.int32), hidden_size, jnp.dtype(x.dtype).name
+    )
+
+
+def unpack_columns(packed: PackedRows) -> jax.Array:
+    """The rows [rows, hidden_size] that were packed."""
+    by_word = lax.bitcast_convert_type(packed.words, jnp.dtype(packed.dtype))
+    rows = packed.words.shape[0]
+    return by_word.swapaxes(1, 2).reshape(rows, -1)[:, : packed.hidden_size]
+
+
+def tree_sum(terms: Sequence[jax.Array]) -> jax.Array:
+    """The sum, neighbours first: ((0 + 1) + (2 + 3)) + 4 of five terms."""
+    while len(terms) > 1:
+        pairs = [a + b for a, b in zip(terms[0::2], terms[1::2], strict=False)]
+        terms = [*pairs, *terms[len(pairs) * 2 :]]
+    return terms[0]
+
+
+def counts(
+    indices: jax.Array,
+    weights: jax.Array | None,
+    valid: jax.Array | None,
+    num_rows: int,
+) -> jax.Array:
+    """[tokens, top_k] which terms count."""
+    found = (indices >= 0) & (indices < num_rows)
+    if weights is not None:
+        found &= weights != 0
+    return found if valid is None else found & valid
+
+
+def gather_reduce(
+    x: jax.Array | PackedRows,
+    indices: jax.Array,
+    weights: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    *,
+    row_scales: jax.Array | None = None,
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """The sums [tokens, hidden_size]; see the top of this file.
+
+    Args:
+      x: [rows, hidden_size] float32 or bfloat16, or `PackedRows`.
+      indices: [tokens, top_k] int32.
+      weights: [tokens, top_k] float, or None for 1.
+      valid: [tokens, top_k] bool, or None.
+      row_scales: [rows] float32 that rows are multiplied by, or None. A scale and a weight are
+        multiplied with each other first.
+      out_dtype: that of x by default, bfloat16 for packed rows.
+    """
+    rows = unpack_columns(x) if isinstance(x, PackedRows) else x
+    packed = isinstance(x, PackedRows)
+    kind = jnp.dtype(out_dtype or (jnp.bfloat16 if packed else rows.dtype))
+    tokens, top_k = indices.shape
+    if not tokens or not rows.shape[0] or not top_k:
+        return jnp.zeros((tokens, rows.shape[1]), kind)
+    counted = counts(indices, weights, valid, rows.shape[0])
+    chosen = jnp.where(counted, indices, 0)
+    factors = None if weights is None else weights.astype(jnp.float32)
+    if row_scales is not None:
+        scales = row_scales[chosen]
+        factors = scales if factors is None else factors * scales
+
+    def term(k: int) -> jax.Array:
+        row = rows[chosen[:, k]].astype(jnp.float32)
+        row = row if factors is None else row * factors[:, k, None]
+        return jnp.where(counted[:, k, None], row, 0.0)
+
+    return tree_sum([term(k) for k in range(top_k)]).astype(kind)

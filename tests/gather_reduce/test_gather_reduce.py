@@ -1,0 +1,237 @@
+"""The kernel on simulated SparseCores: bit for bit what the documented order gives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gather_reduce
+from gather_reduce import Plan
+from gather_reduce import plan as plan_module
+from tests.gather_reduce import oracle
+from tests.gather_reduce.oracle import FORMATS, Shape, check, draw, problem
+from tpukit.chips import chip
+
+CHIPS = ("v5p", "v6e", "tpu7x")
+
+
+@pytest.mark.parametrize("out", ["bfloat16", "float32"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("rows", FORMATS)
+def test_formats(rows, weighted, out):
+    shape = Shape(tokens=19, top_k=6, hidden_size=512, format=rows, weighted=weighted, out=out)
+    check(shape, draw(shape))
+    check(shape, draw(shape, 1, holes=0.2), timing="random")
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 7, 8, 10, 16, 17, 32])
+def test_any_top_k(top_k):
+    shape = Shape(tokens=11, top_k=top_k)
+    check(shape, draw(shape, holes=0.1))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 63, 64, 65])
+def test_any_number_of_tokens(tokens):
+    for out in ("bfloat16", "float32"):
+        shape = Shape(tokens=tokens, out=out)
+        check(shape, draw(shape, holes=0.1))
+
+
+@pytest.mark.parametrize("hidden_size", [1, 128, 200, 384, 640])
+@pytest.mark.parametrize("rows", FORMATS)
+def test_any_hidden_size(rows, hidden_size):
+    shape = Shape(tokens=4, top_k=2, hidden_size=hidden_size, format=rows)
+    check(shape, draw(shape))
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_an_odd_number_of_rows(rows):
+    shape = Shape(tokens=5, top_k=3, rows=rows, format="bfloat16")
+    check(shape, draw(shape))
+
+
+@pytest.mark.parametrize("rows", FORMATS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_chips(chip, rows):
+    shape = Shape(tokens=9, hidden_size=512, format=rows, chip=chip)
+    check(shape, draw(shape, holes=0.1))
+
+
+@pytest.mark.parametrize("timing", ["eager", "lazy", "random"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_windows_and_plans_do_not_change_a_bit(parts, timing, monkeypatch):
+    """75 steps, of which a subcore holds the indices of two at a time, in one or two chunks."""
+    monkeypatch.setattr(plan_module, "WINDOW_ENTRIES", 32)
+    shape = Shape(tokens=299, top_k=4, hidden_size=512)
+    plan = Plan("sparsecore", parts, 128)
+    work = plan_module.work_of(problem(shape), plan, chip("tpu7x").sparse)
+    assert work.windows > 1 and work.chunks == 2 // parts
+    check(shape, draw(shape, holes=0.02), plan=plan, timing=timing, seed=3)
+
+
+SMALL = Shape(tokens=21, top_k=5, rows=33)
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 2**31),
+    holes=st.sampled_from([0.0, 0.03, 0.5, 0.97, 1.0]),
+    invalid=st.sampled_from([0.0, 0.05, 0.5, 0.94, 1.0]),
+    timing=st.sampled_from(["eager", "lazy", "random"]),
+)
+def test_any_data_in_any_order(seed, holes, invalid, timing):
+    data = draw(SMALL, seed, holes=holes, invalid=invalid)
+    check(SMALL, data, timing=timing, seed=seed)
+
+
+# The semantics, one by one.
+
+
+@pytest.mark.parametrize("rows", FORMATS)
+def test_what_is_not_chosen_does_not_leak(rows):
+    """NaN and infinities in rows of -1, of invalid terms, and of weights of 0."""
+    shape = Shape(tokens=8, top_k=4, rows=64, hidden_size=512, format=rows)
+    data = draw(shape, invalid=0.3)
+    bad = np.array([np.nan] if rows.endswith("fn") else [np.nan, np.inf, -np.inf])
+    chosen = np.random.default_rng(1).permutation(64)[:20]
+    data.x[chosen] = np.resize(bad, (20, 512)).astype(data.x.dtype)
+    hit = np.isin(data.indices, chosen)
+    data.weights[hit & (np.arange(4) == 0)] = 0.0
+    data.indices[hit & (np.arange(4) == 1)] = -1
+    data.valid &= ~(hit & (np.arange(4) > 1))
+    assert hit[:, 0].any() and hit[:, 1].any() and hit[:, 2:].any()
+    check(shape, data)
+    out, _ = oracle.simulate(shape, data)
+    assert np.isfinite(out.astype(np.float32)).all()
+
+
+def test_nan_that_is_chosen_stays_in_its_token():
+    shape = Shape(tokens=8, top_k=4)
+    data = draw(shape)
+    data.x[data.indices[3, 2], 7] = np.nan
+    data.indices[:3][data.indices[:3] == data.indices[3, 2]] = -1
+    data.indices[4:][data.indices[4:] == data.indices[3, 2]] = -1
+    out, _ = oracle.simulate(shape, data)
+    assert np.argwhere(np.isnan(out.astype(np.float32))).tolist() == [[3, 7]]
+
+
+def test_nan_weights_reach_the_result_unless_invalid():
+    shape = Shape(tokens=4, top_k=2)
+    data = draw(shape)
+    data.weights[1, 0] = data.weights[2, 0] = np.nan
+    data.indices[2, 0] = -1
+    out, _ = oracle.simulate(shape, data)
+    assert np.isnan(out.astype(np.float32)).all(axis=1).tolist() == [False, True, False, False]
+
+
+def test_hostile_indices_choose_no_row():
+    shape = Shape(tokens=6, top_k=3)
+    data = draw(shape)
+    data.indices[0] = [96, 2**31 - 1, -(2**31)]
+    data.indices[1, 1] = -2
+    kernel = check(shape, data)
+    assert kernel.total("hbm_read") < 6 * 3 * 512 + 4096
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_token_without_rows_is_exactly_zero(weighted):
+    shape = Shape(tokens=7, top_k=4, weighted=weighted, out="float32")
+    data = draw(shape)
+    data.indices[[0, 3]] = -1
+    data.x[0] = np.nan
+    data.indices[data.indices == 0] = 1
+    out, _ = oracle.simulate(shape, data)
+    assert not out[[0, 3]].any() and out[[1, 2, 4, 5, 6]].any(axis=1).all()
+    check(shape, data)
+
+
+def test_nothing_valid_reads_no_row_at_all():
+    shape = Shape(tokens=16)
+    data = draw(shape, invalid=1.0)
+    kernel = check(shape, data)
+    assert kernel.total("hbm_read") <= 64 * 16 * 8  # indices and weights of 64 steps
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.06])
+def test_bytes_are_those_of_valid_rows_and_of_one_write(share):
+    shape = Shape(tokens=128, hidden_size=512, rows=512)
+    data = draw(shape, invalid=1 - share or 1e-9)
+    kernel = check(shape, data)
+    count = int((data.indices[data.valid] >= 0).sum()) if data.valid is not None else 1024
+    entries = 2 * 4 * 1024
+    assert kernel.total("hbm_read") == count * 512 * 2 + entries
+    assert kernel.total("hbm_written") == 128 * 512 * 2
+
+
+def test_row_scales_multiply_weights():
+    shape = Shape(tokens=9, top_k=3, rows=40, hidden_size=512, format="packed float8_e4m3fn")
+    data = draw(shape, holes=0.2)
+    scales = np.random.default_rng(1).random(40).astype(np.float32)
+    out, _ = oracle.simulate(shape, data, row_scales=jnp.asarray(scales))
+    chosen = np.where(data.indices < 0, 0, data.indices)
+    scaled = dataclasses.replace(data, weights=data.weights * scales[chosen])
+    np.testing.assert_array_equal(out, oracle.exact(scaled, shape.out))
+    unweighted = dataclasses.replace(data, weights=None)
+    out, _ = oracle.simulate(shape, unweighted, row_scales=jnp.asarray(scales))
+    only = dataclasses.replace(data, weights=scales[chosen])
+    np.testing.assert_array_equal(out, oracle.exact(only, shape.out))
+
+
+def test_every_float8_code_but_nan_is_exact():
+    codes = np.arange(256, dtype=np.uint8).view(oracle.F8)
+    finite = np.isfinite(codes.astype(np.float32))
+    shape = Shape(tokens=1, top_k=1, rows=1, format="packed float8_e4m3fn", weighted=False)
+    shape = dataclasses.replace(shape, out="float32")
+    data = oracle.Data(codes[None], np.zeros((1, 1), np.int32), None)
+    out, _ = oracle.simulate(shape, data)
+    np.testing.assert_array_equal(out[0, finite], codes.astype(np.float32)[finite])
+    assert sorted(out[0, ~finite]) == [-480.0, 480.0]
+
+
+def test_no_bit_depends_on_the_batch():
+    shape = Shape(tokens=33, top_k=6)
+    data = draw(shape, holes=0.1)
+    whole, _ = oracle.simulate(shape, data)
+    some = [30, 2, 17]
+    part = oracle.Data(data.x, data.indices[some], data.weights[some])
+    out, _ = oracle.simulate(dataclasses.replace(shape, tokens=3), part)
+    np.testing.assert_array_equal(out, whole[some])
+
+
+@pytest.mark.parametrize("rows", FORMATS)
+def test_errors_are_those_of_rounding(rows):
+    """Against float64: three roundings per level of the tree in float32, then one of bfloat16."""
+    shape = Shape(tokens=24, top_k=12, hidden_size=512, format=rows)
+    data = draw(shape, holes=0.1)
+    right, size = oracle.float64(data)
+    wide, _ = oracle.simulate(dataclasses.replace(shape, out="float32"), data)
+    assert (np.abs(wide - right) <= 5 * 2.0**-24 * size).all()
+    narrow, _ = oracle.simulate(shape, data)
+    allowed = 5 * 2.0**-24 * size + 2.0**-8 * np.abs(right)
+    assert (np.abs(narrow.astype(np.float64) - right) <= allowed).all()
+
+
+def test_interpret_runs_the_kernel_under_jit():
+    shape = Shape(tokens=5, top_k=3)
+    data = draw(shape, holes=0.2)
+    x = oracle.operand(shape, data.x)
+
+    @jax.jit
+    def run(x, indices, weights):
+        return gather_reduce.dense_gather_reduce(x, indices, weights, implementation="interpret")
+
+    out = run(x, data.indices, data.weights)
+    np.testing.assert_array_equal(np.asarray(out), oracle.exact(data, "bfloat16"))
+
+
+@pytest.mark.parametrize("tokens, rows", [(0, 8), (3, 0)])
+def test_nothing_to_do(tokens, rows):
+    x = jnp.ones((rows, 128), jnp.bfloat16)
+    indices = jnp.zeros((tokens, 2), jnp.int32)
+    for implementation in ("interpret", "reference"):
+        out = gather_reduce.dense_gather_reduce(x, indices, implementation=implementation)
+        assert out.shape == (tokens, 128) and not out.any()
