@@ -107,10 +107,9 @@ def moved(**places):
     return place
 
 
-def smaller_windows(problem, used, sparse):
-    """`work_of` that forgets some steps."""
-    work = good_work(problem, used, sparse)
-    return dataclasses.replace(work, window=work.window // 2)
+def one_step_less(self, first, count):
+    """`Walk.walk` that leaves out the last step of a window."""
+    good_walk(self, first, count - 1)
 
 
 def more_teams(problem, used, sparse):
@@ -120,7 +119,7 @@ def more_teams(problem, used, sparse):
 
 
 good_sum, good_splats, good_place = rows.weighted_sum, kernel.Walk.splats, kernel.Walk.place
-good_work, good_decode = plan.work_of, rows.decode
+good_walk, good_work, good_decode = kernel.Walk.walk, plan.work_of, rows.decode
 
 MUTANTS = {
     "rows not awaited": (kernel.Walk, "step", step_without("rows"), PACKED),
@@ -143,7 +142,7 @@ MUTANTS = {
     ),
     "one buffer for two steps": (kernel.Walk, "place", moved(slot=0), PACKED),
     "rows of the next step": (kernel.Walk, "place", moved(group=1), PACKED),
-    "steps forgotten": (kernel, "work_of", smaller_windows, PACKED),
+    "a step forgotten": (kernel.Walk, "walk", one_step_less, PACKED),
     "columns of another subcore": (kernel, "work_of", more_teams, PACKED),
     "no exponent bias": (rows, "E4M3_BIAS", rows.E4M3_BIAS / 2, NARROW),
 }

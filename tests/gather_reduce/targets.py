@@ -1,0 +1,56 @@
+"""Programs for `tpukit.aot`, which compiles them in processes of their own."""
+
+import jax
+import jax.numpy as jnp
+
+import gather_reduce
+from gather_reduce import PackedRows
+
+Spec = jax.ShapeDtypeStruct
+SHAPES = (  # top_k, hidden size, output, whether weighted: every value of each with some of others
+    (1, 128, "float32", True),
+    (5, 7168, "bfloat16", True),
+    (10, 2880, "bfloat16", False),
+    (32, 1024, "bfloat16", True),
+)
+
+
+def call(rows, tokens, top_k, num_rows, hidden_size, *, out, weighted, ragged=False):
+    """A function of arrays and their shapes."""
+    dtype = jnp.dtype(rows.removeprefix("packed "))
+    x = Spec((num_rows, hidden_size), dtype)
+    if rows.startswith("packed"):
+        words = jax.eval_shape(gather_reduce.pack_columns, x).words
+        x = PackedRows(words, hidden_size, dtype.name)
+    size = (tokens, top_k)
+    weights = [Spec(size, jnp.float32)] if weighted else []
+    valid = [Spec(size, jnp.bool_)] if ragged else []
+
+    def fn(x, indices, *rest):
+        rest = list(rest)
+        weights = rest.pop(0) if weighted else None
+        options = {"out_dtype": jnp.dtype(out), "implementation": "pallas"}
+        if ragged:
+            return gather_reduce.ragged_gather_reduce(x, indices, weights, *rest, **options)
+        return gather_reduce.dense_gather_reduce(x, indices, weights, **options)
+
+    return fn, (x, Spec(size, jnp.int32), *weights, *valid)
+
+
+def matrix(chip, rows):
+    """All of SHAPES in one program."""
+    calls = [
+        call(rows, 50, top_k, 512, hidden_size, out=out, weighted=weighted)
+        for top_k, hidden_size, out, weighted in SHAPES
+    ]
+
+    def fn(*groups):
+        return [one(*args) for (one, _), args in zip(calls, groups, strict=True)]
+
+    return fn, tuple(args for _, args in calls)
+
+
+def one(chip, rows="packed bfloat16", tokens=2048, top_k=8, hidden_size=7168, **options):
+    """One call, bfloat16 out; a row for every term."""
+    options = {"out": "bfloat16", "weighted": True} | options
+    return call(rows, tokens, top_k, tokens * top_k, hidden_size, **options)
