@@ -30,8 +30,9 @@ On 8 devices, 2048 x 768, bfloat16: 128 experts, 2,048 tokens, top_k 8: 286 (255
 experts, 16,384 tokens, top_k 1: 281 (184) and 1,281 (1,420), the collectives at two links' rate.
 
 A row of the kernel's column: `python -m microbench predict --kernel fused_moe --chip tpu7x --case
-flash/decode`, with `--set` for each of devices=1, shared=0, groups=1, hidden, inter, experts, tokens
-and top_k, and for bfloat16 dtype and rows. What XLA gathers and scatters by index counts as bytes.
+flash/decode`, with `--set` for each of devices=1, shared=0, groups=1, hidden, inter, experts,
+tokens and top_k, and for bfloat16 dtype and rows. What XLA gathers and scatters by index counts as
+bytes.
 """
 
 from __future__ import annotations
