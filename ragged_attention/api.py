@@ -59,7 +59,9 @@ def ragged_paged_attention(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     temperature_len: int | None = None,
+    query_starts: jax.Array | None = None,
     return_lse: bool = False,
+    bounds_checks: bool = True,
     implementation: Implementation = "auto",
     plan: Plan | None = None,
     validate: bool = False,
@@ -97,7 +99,12 @@ def ragged_paged_attention(
         by it as they are written.
       temperature_len: logits of a query at position p beyond it are multiplied by
         log(p) / log(temperature_len).
+      query_starts: [requests] int32 position of each request's first query token among the keys
+        here, kv_len - q_len by default; negative, or kv_len and more, where keys are spread over
+        devices and the query tokens' own are elsewhere (see `context_parallel_attention`).
       return_lse: also give the logarithm of the softmax's denominator.
+      bounds_checks: False leaves out the compiler's checks of every transfer's addresses, which
+        cost as much scalar code as the transfers. Pages are checked by the kernel in any case.
       implementation: "pallas" (a TPU), "interpret" (the kernel on a CPU, slow), "reference", or
         "auto": the kernel on a TPU that supports it, else the reference.
       plan: block sizes instead of the tuned ones.
@@ -117,7 +124,7 @@ def ragged_paged_attention(
     call = Call(
         q, k, v, cache, kv_lens, cu_q_lens, page_indices, page_offsets, num_requests, causal,
         window, ancestors, sinks, soft_cap, sm_scale, q_scale, k_scale, v_scale, temperature_len,
-        return_lse,
+        query_starts, return_lse,
     )  # fmt: skip
     problem = problem_of(call)
     checks.check_choice(
@@ -136,7 +143,8 @@ def ragged_paged_attention(
         o = jnp.zeros((0, problem.q_heads, problem.layout.value_dim), q.dtype)
         return Attention(o, cache, lse)
     interpret = pltpu.InterpretParams() if chosen == "interpret" else False
-    return launch(call, problem, batch, q, scales, plan, target, interpret)
+    options = {"plan": plan, "chip": target, "interpret": interpret, "bounds_checks": bounds_checks}
+    return launch(call, problem, batch, q, scales, options)
 
 
 def mla_ragged_paged_attention(
@@ -285,12 +293,10 @@ def launch(
     batch: reference.Batch,
     q: jax.Array,
     scales: jax.Array,
-    plan: Plan,
-    chip: Chip,
-    interpret: Any,
+    options: dict[str, Any],
 ) -> Attention:
     """Brings the arguments into the kernel's layout and runs it."""
-    layout, tokens = problem.layout, problem.num_tokens
+    layout, tokens, plan = problem.layout, problem.num_tokens, options["plan"]
     rows = (
         round_up(problem.num_indices, LANES) // LANES + plan.keys // layout.page_size // LANES + 2
     )
@@ -313,16 +319,15 @@ def launch(
         padded = jnp.pad(words, ((0, below), (0, LANES - words.shape[1])))
         operands["tree"] = jax.lax.bitcast_convert_type(padded, jnp.int32)
     operands["cache"] = call.cache.words
-    windows = call.windows()
+    windows, zero = call.windows(), jnp.zeros(1, jnp.int32)
     described = Batch(
         kv_lens=batch.kv_lens,
         cu_q_lens=batch.cu_q_lens,
         page_offsets=batch.page_offsets,
-        windows=jnp.zeros(1, jnp.int32) if windows is None else windows,
+        windows=zero if windows is None else windows,
+        query_starts=zero if batch.query_starts is None else batch.query_starts,
         num_requests=jnp.clip(batch.num_requests, 0, problem.num_requests).reshape(1),
     )
-    o, lse, words = ragged_attention_kernel(
-        described, operands, problem=problem, plan=plan, chip=chip, interpret=interpret
-    )
+    o, lse, words = ragged_attention_kernel(described, operands, problem=problem, **options)
     lse = None if lse is None else lse[:, : problem.q_heads]
     return Attention(o, KVCache(words, layout), lse)

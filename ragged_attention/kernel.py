@@ -8,6 +8,7 @@ rows, its query heads one after another and each with all tokens of the block, m
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,13 +34,22 @@ from ragged_attention.schedule import END, FENCE, FIRST, LAST, Batch, Noted
 from tpukit.chips import Chip
 
 Ref = Any
+HEADS_AT_ONCE = 2  # of a block of many queries: the next one's products hide the last one's sums
 
 
 class Tile(NamedTuple):
-    """A record's tile as it is computed: how many keys, and from which on they may be unseen."""
+    """A record's tile as it is computed.
+
+    Attributes:
+      slot: its buffer.
+      size: keys that are computed.
+      full: at least so many of them are the tile's.
+      doubtful: from this one on queries may not see them.
+    """
 
     slot: jax.Array
     size: int
+    full: int
     doubtful: int
 
 
@@ -135,9 +145,10 @@ class Pass(Plumbing):
             self.open(record, style)
 
         def part(size: int) -> None:
-            doubtful = max(size - self.plan.gap - style.tokens, 0) // LANES * LANES
+            full = max([0, *(smaller for smaller in self.plan.key_sizes if smaller < size)])
+            doubtful = max(full - style.tokens, 0) // LANES * LANES
             doubtful = 0 if self.problem.windowed else doubtful
-            self.heads(record, Tile(slot, size, doubtful), style)
+            self.heads(record, Tile(slot, size, full, doubtful), style)
 
         def partial(_: None) -> None:
             @pl.when(record.span > 0)
@@ -145,7 +156,8 @@ class Pass(Plumbing):
                 smallest(record.span, self.plan.key_sizes, part)
 
         def whole(_: None) -> None:
-            self.heads(record, Tile(slot, self.plan.keys, self.plan.keys), style)
+            keys = self.plan.keys
+            self.heads(record, Tile(slot, keys, keys, keys), style)
 
         if style.tokens >= MANY:
             lax.cond(self.all_seen(record), whole, partial, None)
@@ -195,7 +207,7 @@ class Pass(Plumbing):
                 x = self.widen(parts, dim, window.width, window.offset(h))
                 if style.split:
                     x = flash.halves(x * self.factor(h))
-                self.vmem.scaled[h, own, : x.shape[1]] = x.astype(self.problem.dtype)
+                self.vmem.scaled[h, own, : x.shape[1]] = x.astype(self.problem.compute_dtype)
 
     def widen(self, parts: list[jax.Array], dim: int, width: int, offset: int) -> jax.Array:
         """Lanes of a head, at their place in its window, zeros beside them."""
@@ -245,14 +257,17 @@ class Pass(Plumbing):
 
     def heads(self, record: Noted, tile: Tile, style: Style) -> None:
         """All heads; the logits of a strip are made while the strip before is folded in."""
-        heads, strips = range(self.layout.kv_heads), list(style.strips)
-        if style.unrolled or len(heads) == 1:
-            self.strips(record, tile, style, [Strip(h, rows) for h in heads for rows in strips])
+        heads = self.layout.kv_heads
+        step = heads if style.unrolled else math.gcd(heads, HEADS_AT_ONCE)
+
+        def some(i: Any) -> None:
+            strips = [Strip(i * step + h, rows) for h in range(step) for rows in style.strips]
+            self.strips(record, tile, style, strips)
+
+        if step == heads:
+            some(0)
         else:
-            repeat(
-                len(heads),
-                lambda h: self.strips(record, tile, style, [Strip(h, rows) for rows in strips]),
-            )
+            repeat(heads // step, some)
 
     def strips(self, record: Noted, tile: Tile, style: Style, strips: list[Strip]) -> None:
         """Strips of rows, one after another."""
@@ -282,7 +297,7 @@ class Pass(Plumbing):
             head, rows = strip
             state = self.known(head, rows, style, opens)
             v = once(values, head, lambda h: self.values_of(record, h, tile))
-            state = flash.fold(state, s, v, self.problem.dtype, style.sum_by_matmul)
+            state = flash.fold(state, s, v, self.problem.compute_dtype, style.sum_by_matmul)
             for ref, new in zip(refs, state, strict=True):
                 ref[head, rows] = new
 
@@ -307,19 +322,19 @@ class Pass(Plumbing):
     def keys_of(self, head: Any, tile: Tile) -> jax.Array:
         """[size, key lanes]."""
         words = self.words(self.layout.keys, head, tile)
-        return flash.unpacked(words, self.layout.dtype, self.problem.dtype)
+        return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
 
     def values_of(self, record: Noted, head: Any, tile: Tile) -> jax.Array:
         """[size, value lanes]; zeros behind the tile's last key, where anything may lie."""
         pack = self.layout.pack
         words = self.words(self.layout.vals, head, tile)
-        if tile.doubtful < tile.size:
-            gap = (tile.size - self.plan.gap) // pack
+        if tile.full < tile.size:
+            sure = tile.full // pack
             rows = (record.span + pack - 1) >> (pack.bit_length() - 1)
-            last = words[gap:]
-            last = jnp.where(gap + iota(last.shape, 0) < rows, last, 0)
-            words = jnp.concatenate([words[:gap], last], axis=0) if gap else last
-        return flash.unpacked(words, self.layout.dtype, self.problem.dtype)
+            last = words[sure:]
+            last = jnp.where(sure + iota(last.shape, 0) < rows, last, 0)
+            words = jnp.concatenate([words[:sure], last], axis=0) if sure else last
+        return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
 
     def seen(self, record: Noted, tile: Tile, style: Style, rows: slice) -> jax.Array:
         """[rows, doubtful keys] whether a row's query sees a key."""
@@ -418,11 +433,11 @@ def ragged_attention_kernel(
     batch: Batch,
     operands: dict[str, jax.Array],
     *,
-    bounds_checks: bool = False,
     problem: Problem,
     plan: Plan,
     chip: Chip,
     interpret: Any = False,
+    bounds_checks: bool = True,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Runs the kernel.
 
@@ -433,6 +448,7 @@ def ragged_attention_kernel(
       plan: block sizes.
       chip: the chip planned for.
       interpret: parameters of interpretation, or False.
+      bounds_checks: the compiler's checks of transfers.
 
     Returns:
       o [T, q_heads, value_dim], the logarithms [T, lanes] if wanted, and the cache.

@@ -38,13 +38,14 @@ class Problem:
         of pages, pages of the pool.
       q_heads: query heads.
       layout: what is in the cache.
-      dtype: of queries and output, and of the arithmetic.
+      dtype: of queries and output.
       causal: a query sees no later position.
       windowed: requests have windows.
       tree: query tokens have words of ancestors.
       sinks: heads have sinks.
       soft_cap: limit of the logits, or None.
       update: new keys and values are given.
+      placed: positions of queries are given.
       lse: the logarithms of the softmax's sums are wanted.
     """
 
@@ -61,7 +62,14 @@ class Problem:
     sinks: bool
     soft_cap: float | None
     update: bool
+    placed: bool
     lse: bool
+
+    @property
+    def compute_dtype(self) -> Any:
+        """Of the operands of matrix products."""
+        wide = self.dtype == jnp.float32 or self.layout.dtype == "float32"
+        return jnp.float32 if wide else jnp.bfloat16
 
     @property
     def streams_pages(self) -> bool:
@@ -103,17 +111,12 @@ class Plan:
     @property
     def query_sizes(self) -> tuple[int, ...]:
         """Numbers of query tokens that the kernel is specialised for, ascending."""
-        return (*(n for n in (1, 8, 64) if n < self.queries), self.queries)
+        return (*(n for n in (1, 8, 64) if 2 * n < self.queries), self.queries)
 
     @property
     def key_sizes(self) -> tuple[int, ...]:
         """Numbers of keys that it is specialised for where a tile is not full."""
-        return tuple(self.keys * part // 4 for part in (1, 2, 3, 4))
-
-    @property
-    def gap(self) -> int:
-        """Keys from one of those numbers to the next."""
-        return self.keys // 4
+        return (self.keys // 4, self.keys // 2, self.keys)
 
     @property
     def records(self) -> int:
@@ -143,6 +146,7 @@ class Plan:
             windowed=problem.windowed,
             tree=problem.tree,
             update=problem.update,
+            placed=problem.placed,
         )
 
 
@@ -173,7 +177,7 @@ class Style:
 
 def style_of(problem: Problem, plan: Plan, tokens: int, side: int) -> Style:
     """The style of blocks of `tokens`; `side` is the size of the chip's matrix unit."""
-    many = tokens >= MANY and problem.dtype != jnp.float32
+    many = tokens >= MANY and problem.compute_dtype != jnp.float32
     values = problem.layout.vals.width
     return Style(
         tokens=tokens,
@@ -196,7 +200,7 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
         "tiles": ((plan.tiles, plan.keys // layout.pack, layout.width), jnp.int32),
         "queries": ((plan.blocks, queries, problem.q_heads, layout.key_dim), problem.dtype),
         "staged": ((problem.chunks, queries * problem.q_heads, LANES), f32),
-        "scaled": ((heads, rows, lanes), problem.dtype),
+        "scaled": ((heads, rows, lanes), problem.compute_dtype),
         "top": ((heads, rows, LANES), f32),
         "total": ((heads, rows, LANES), f32),
         "sum": ((heads, rows, layout.vals.width), f32),
@@ -232,7 +236,7 @@ def vmem_allowed(problem: Problem, plan: Plan, chip: Chip) -> int:
 
 def scalars(problem: Problem) -> int:
     """32-bit words of SMEM that the description of the batch takes."""
-    return 4 * (problem.num_requests + 2)
+    return 5 * (problem.num_requests + 2)
 
 
 def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
@@ -297,14 +301,24 @@ def model(problem: Problem, chip: Chip) -> Plan:
     prefill = problem.num_tokens > 8 * problem.num_requests
     wanted = max(least, min(256 if prefill else 32, problem.num_tokens))
     sizes = [n for n in (256, 128, 64, 32, 16, 8) if n >= least and n < 2 * wanted]
-    for enough in (4, 2):
-        for keys, queries in itertools.product((4096, 2048, 1024, 512), sizes):
-            tile = keys * problem.layout.token_bytes
-            for tiles in (16, 8, 4, 2):
-                plan = Plan(queries, keys, tiles, min(tiles, 8))
-                useful = tile <= TILE_BYTES and (tiles <= 4 or tiles * tile <= TILES_BYTES)
-                if useful and tiles >= enough and fits(problem, plan, chip):
-                    return plan
+    keys = (4096, 2048, 1024, 512)
+    if prefill:  # many rows matter more than many buffers
+        order = itertools.product(sizes, keys[1:], (4, 2))
+    else:
+        order = (
+            (n, k, t)
+            for least in (4, 2)
+            for k in keys
+            for n in sizes
+            for t in (16, 8, 4, 2)
+            if t >= least
+        )
+    for queries, length, tiles in order:
+        tile = length * problem.layout.token_bytes
+        plan = Plan(queries, length, tiles, min(tiles, 8))
+        useful = tile <= TILE_BYTES and (tiles <= 4 or tiles * tile <= TILES_BYTES)
+        if useful and fits(problem, plan, chip):
+            return plan
     raise UnsupportedError(
         where="ragged_attention",
         what=f"{problem.q_heads} heads of {problem.layout}",

@@ -241,7 +241,9 @@ class Plumbing:
             """Starts to fetch a page, as far as it has any of the tile's keys."""
             page = page_at(place)
             count = jnp.clip(rows - place * size, 0, size)
-            self.move((self.hbm.cache, jnp.maximum(page, 0) * size), (tile, place * size), count, sem)
+            self.move(
+                (self.hbm.cache, jnp.maximum(page, 0) * size), (tile, place * size), count, sem
+            )
             return jnp.where(count > 0, page, 0)
 
         def several(i: jax.Array, signs: jax.Array) -> jax.Array:
@@ -323,7 +325,9 @@ class Plumbing:
         """The transfer of a record's new rows."""
         assert self.hbm.fresh is not None and self.vmem.fresh is not None
         group = GROUP_ROWS * self.layout.pack
-        begin, count = (pl.multiple_of(x * self.layout.pack, group) for x in self.fresh_rows(record))
+        begin, count = (
+            pl.multiple_of(x * self.layout.pack, group) for x in self.fresh_rows(record)
+        )
         source = self.hbm.fresh.at[pl.ds(begin, count)]
         target = self.vmem.fresh.at[slot, pl.ds(FRESH_ABOVE * group, count)]
         return pltpu.make_async_copy(source, target, self.vmem.sems.fresh.at[slot])

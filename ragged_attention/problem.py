@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Call:
     k_scale: Any = None
     v_scale: Any = None
     temperature_len: int | None = None
+    query_starts: Any = None
     return_lse: bool = False
 
     def batch(self) -> reference.Batch:
@@ -52,7 +53,9 @@ class Call:
             offsets = jnp.arange(requests + 1, dtype=jnp.int32) * width
         count = self.kv_lens.shape[0] if self.num_requests is None else self.num_requests
         count = jnp.asarray(count, jnp.int32).reshape(())
-        return reference.Batch(self.kv_lens, self.cu_q_lens, indices, offsets, count)
+        return reference.Batch(
+            self.kv_lens, self.cu_q_lens, indices, offsets, count, self.query_starts
+        )
 
     def windows(self) -> jax.Array | None:
         """[requests] int32."""
@@ -101,8 +104,7 @@ class Call:
             None if x is None else reference.quantise(x, scale, self.cache.layout.dtype)
             for x, scale in scales
         )
-        assert k is not None
-        return k, v
+        return cast(jax.Array, k), v
 
 
 def refuse(argument: str, got: str, expected: str, advice: str = "") -> None:
@@ -137,6 +139,9 @@ def problem_of(call: Call) -> Problem:
         dims.bind("page_indices", call.page_indices, "_")
         dims.bind("page_offsets", call.page_offsets, "requests+1")
         checks.check_dtype(WHERE, "page_offsets", call.page_offsets, (jnp.int32,))
+    if call.query_starts is not None:
+        dims.bind("query_starts", call.query_starts, "requests")
+        checks.check_dtype(WHERE, "query_starts", call.query_starts, (jnp.int32,))
     for name in ("kv_lens", "cu_q_lens", "page_indices"):
         checks.check_dtype(WHERE, name, getattr(call, name), (jnp.int32,))
     check_options(call, dims)
@@ -154,6 +159,7 @@ def problem_of(call: Call) -> Problem:
         sinks=call.sinks is not None,
         soft_cap=None if call.soft_cap is None else float(call.soft_cap),
         update=call.k is not None,
+        placed=call.query_starts is not None,
         lse=bool(call.return_lse),
     )
 
@@ -191,6 +197,7 @@ def check_new_rows(call: Call, dims: checks.Dims) -> None:
         x = given[name]
         if x is None:
             refuse(name, "is None", "an array, as the other of k and v is")
+            continue
         dims.bind(name, x, f"tokens {layout.kv_heads} {dim}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             refuse(name, f"has dtype {x.dtype}", "a float type", "Give it unquantised.")
@@ -271,9 +278,6 @@ def value_rules(call: Call) -> list[checks.Condition]:
         checks.Condition("cu_q_lens", cu, cu < previous, "ascending bounds"),
         checks.Condition("kv_lens", lens, counted & (lens < 0), "lengths of at least 0"),
         checks.Condition(
-            "kv_lens", lens, counted & (q_lens > 0) & (lens < q_lens), "at least the query tokens"
-        ),
-        checks.Condition(
             "page_offsets",
             offsets[1:],
             counted & (offsets[1:] - offsets[:-1] < pages),
@@ -286,6 +290,9 @@ def value_rules(call: Call) -> list[checks.Condition]:
             f"pages of the pool, 0 to {call.cache.num_pages - 1}",
         ),
     ]
+    if call.query_starts is None:
+        few = counted & (q_lens > 0) & (lens < q_lens)
+        rules.append(checks.Condition("kv_lens", lens, few, "at least the query tokens"))
     if call.k is not None:
         rules.append(
             checks.Condition("page_indices", indices, twin, "each page written by one request")

@@ -94,6 +94,7 @@ class Batch(NamedTuple):
     cu_q_lens: Ref  # [R + 1]
     page_offsets: Ref  # [R + 1]
     windows: Ref  # [R], or [1] without windows
+    query_starts: Ref  # [R], or [1] where they follow from the lengths
     num_requests: Ref  # [1], within 0 to R
 
 
@@ -110,6 +111,7 @@ class Limits(NamedTuple):
     windowed: bool
     tree: bool
     update: bool
+    placed: bool  # positions of queries are given
 
     @property
     def may_write_ahead(self) -> bool:
@@ -123,7 +125,7 @@ class Request(NamedTuple):
     number: jax.Array  # of the request, 0 where there is none
     end: jax.Array
     kv_len: jax.Array  # 0 where there is no request
-    first: jax.Array  # position of its first query token, negative if the lengths are wrong
+    first: jax.Array  # position of its first query token
     window: jax.Array
     long: jax.Array  # its new rows are written by records of their own
 
@@ -178,8 +180,12 @@ class Walk(NamedTuple):
         if limits.windowed:
             window = select(is_request, jnp.maximum(self.batch.windows[number], 0), 0)
         length = end - at.begin
-        long = (length > limits.block) & (kv_len > 0)
-        return Request(number, end, kv_len, kv_len - length, window, long)
+        first = kv_len - length
+        if limits.placed:
+            first = select(is_request, self.batch.query_starts[number], 0)
+            kv_len = jnp.clip(kv_len, 0, jnp.maximum(first + length, 0))
+        long = (length > limits.block) & (kv_len > jnp.maximum(first, 0))
+        return Request(number, end, kv_len, first, window, long)
 
     def keys(self, at: Cursor, request: Request) -> tuple[jax.Array, jax.Array]:
         """The keys [begin, end) that the cursor's block sees."""

@@ -1,16 +1,17 @@
 """Paged attention over a ragged batch, specified: what is written, who sees whom, what comes out.
 
 A batch holds requests. Request r owns the query tokens [cu_q_lens[r], cu_q_lens[r + 1]), which are
-the last of its kv_lens[r] tokens: query i has position kv_len - q_len + i. Key j of the request is
-in page page_indices[page_offsets[r] + j // page_size], row j % page_size. New keys and values are
+the last of its kv_lens[r] tokens: query i has position kv_len - q_len + i, unless query_starts says
+otherwise. Key j of the request is in page page_indices[page_offsets[r] + j // page_size], row j % page_size. New keys and values are
 written to their pages first; then, per query head,
 
     s_j = logit_scale * (q . k_j)             soft cap: s_j = cap * tanh(s_j / cap)
-    w_j = exp(s_j - max s) over visible j     rounded to the type of q
+    w_j = exp(s_j - max s) over visible j     rounded to bf16, unless q or the cache are f32
     o   = value_scale * sum_j w_j v_j / (sum_j w_j + exp(sink - max s))
 
-Sources: PagedAttention (arXiv 2309.06180), Ragged Paged Attention (arXiv 2604.15464), FlashAttention
-(arXiv 2205.14135), attention sinks (arXiv 2309.17453), multi-head latent attention (arXiv 2405.04434).
+Sources: PagedAttention (arXiv 2309.06180), Ragged Paged Attention (arXiv 2604.15464),
+FlashAttention (arXiv 2205.14135), attention sinks (arXiv 2309.17453), multi-head latent attention
+(arXiv 2405.04434).
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ class Batch(NamedTuple):
       page_indices: [N] int32 pages of all requests, one after another.
       page_offsets: [R + 1] int32 where each request's pages begin.
       num_requests: [] int32 how many of the R count.
+      query_starts: [R] int32 position of each request's first query token, or None. Where keys are
+        spread over devices, positions count from the first key of this one: query tokens may be
+        before its keys (negative positions) or behind them. Keys behind the last one do not count.
     """
 
     kv_lens: jax.Array
@@ -41,6 +45,7 @@ class Batch(NamedTuple):
     page_indices: jax.Array
     page_offsets: jax.Array
     num_requests: jax.Array
+    query_starts: jax.Array | None = None
 
 
 class Masks(NamedTuple):
@@ -84,6 +89,9 @@ def tokens_of(batch: Batch, num_tokens: int) -> Tokens:
 
     kv_len, begin, q_len = of(jnp.maximum(batch.kv_lens, 0)), of(cu[:-1]), of(cu[1:] - cu[:-1])
     first = kv_len - q_len
+    if batch.query_starts is not None:
+        first = of(batch.query_starts)
+        kv_len = jnp.clip(kv_len, 0, jnp.maximum(first + q_len, 0))
     return Tokens(owner, first + token - begin, first, kv_len, q_len)
 
 
@@ -112,27 +120,35 @@ def quantise(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     return dividing.astype(dtype)
 
 
+def place_of(batch: Batch, num_tokens: int, num_pages: int, page_size: int) -> jax.Array:
+    """The row page * page_size + i of the pool where each new token is written.
+
+    Returns:
+      [T] int32; num_pages * page_size for tokens of no request, before position 0 or behind the
+      keys, or whose page is not in the pool or not listed: these are not written.
+    """
+    tokens = tokens_of(batch, num_tokens)
+    requests = batch.kv_lens.shape[0]
+    nowhere = num_pages * page_size
+    if not requests:
+        return jnp.full(num_tokens, nowhere, jnp.int32)
+    page = page_of(batch, jnp.minimum(tokens.request, requests - 1), tokens.position, page_size)
+    legal = (tokens.request < requests) & (page >= 0) & (page < num_pages)
+    legal &= tokens.position < tokens.kv_len
+    return jnp.where(legal, page * page_size + tokens.position % page_size, nowhere)
+
+
 def write(pages: jax.Array, new: jax.Array, batch: Batch) -> jax.Array:
-    """Writes new rows where their tokens' positions are.
+    """Writes new rows where their tokens' positions are; see `place_of`.
 
     Args:
       pages: [pages, page_size, heads, dim].
       new: [T, heads, dim] of the same type.
       batch: the requests.
-
-    Returns:
-      The new pages. Tokens of no request, before position 0, or whose page is not in the pool or
-      not listed, are not written.
     """
-    num_pages, page_size = pages.shape[:2]
-    tokens = tokens_of(batch, new.shape[0])
-    requests = batch.kv_lens.shape[0]
-    if not requests or not num_pages:
-        return pages
-    page = page_of(batch, jnp.minimum(tokens.request, requests - 1), tokens.position, page_size)
-    legal = (tokens.request < requests) & (page >= 0) & (page < num_pages)
-    page = jnp.where(legal, page, num_pages)
-    return pages.at[page, tokens.position % page_size].set(new, mode="drop")
+    place = place_of(batch, new.shape[0], *pages.shape[:2])
+    rows = pages.reshape(-1, *pages.shape[2:])
+    return rows.at[place].set(new, mode="drop").reshape(pages.shape)
 
 
 def visible(tokens: Tokens, key: jax.Array, masks: Masks) -> jax.Array:
@@ -157,14 +173,13 @@ def attend(
     k_pages: jax.Array,
     v_pages: jax.Array,
     batch: Batch,
-    masks: Masks = Masks(),
+    masks: Masks,
     *,
     logit_scale: jax.Array,
     value_scale: jax.Array,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     max_kv_len: int | None = None,
-    exact: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of every query token over its request's keys.
 
@@ -178,7 +193,6 @@ def attend(
       soft_cap: limit of the logits.
       sinks: [q_heads] f32 logits that take part in the softmax and have no value.
       max_kv_len: a bound of kv_lens, to save work; the number of listed pages gives one too.
-      exact: do not round the weights.
 
     Returns:
       o [T, q_heads, value_dim] in the type of q, 0 where nothing is visible, and the logarithm of
@@ -197,29 +211,29 @@ def attend(
             jnp.broadcast_to(lse.astype(jnp.float32), (num_tokens, q_heads)),
         )
     key = jnp.arange(longest)
-    compute = jnp.float64 if exact and q.dtype == jnp.float64 else jnp.float32
+    f32, dtype = jnp.float32, q.dtype
+    rounded = f32 if f32 in (q.dtype, k_pages.dtype) else jnp.bfloat16
 
     def rows(pages: jax.Array, request: jax.Array) -> jax.Array:
         page = page_of(batch, jnp.minimum(request, requests - 1), key, page_size)
         legal = (page >= 0) & (page < num_pages)
-        found = pages[jnp.where(legal, page, 0), key % page_size].astype(compute)
+        found = pages[jnp.where(legal, page, 0), key % page_size].astype(f32)
         return jnp.where(legal[:, None, None], found, 0)
 
     def one(token: Any) -> tuple[jax.Array, jax.Array]:
         q, token, ancestors, window = token
         k, v = rows(k_pages, token.request), rows(v_pages, token.request)
         seen = visible(token, key, Masks(masks.causal, window, ancestors))
-        q = q.reshape(kv_heads, -1, q.shape[-1]).astype(compute)
+        q = q.reshape(kv_heads, -1, q.shape[-1]).astype(f32)
         s = jnp.einsum("hgd,lhd->hgl", q, k, precision="highest") * logit_scale[:, None, None]
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         s = jnp.where(seen, s, -jnp.inf)
-        sink = jnp.full(q_heads, -jnp.inf, compute) if sinks is None else sinks.astype(compute)
+        sink = jnp.full(q_heads, -jnp.inf, f32) if sinks is None else sinks.astype(f32)
         sink = sink.reshape(kv_heads, -1)
         top = jnp.maximum(s.max(axis=-1), sink)
         base = jnp.where(jnp.isneginf(top), 0, top)
-        weight = jnp.exp(s - base[..., None])
-        weight = weight if exact else weight.astype(dtype).astype(compute)
+        weight = jnp.exp(s - base[..., None]).astype(rounded).astype(f32)
         total = weight.sum(axis=-1) + jnp.exp(sink - base)
         v = jnp.where(seen[:, None, None], v, 0)
         o = jnp.einsum("hgl,lhd->hgd", weight, v, precision="highest")
@@ -227,7 +241,6 @@ def attend(
         o *= value_scale[:, None, None]
         return o.reshape(q_heads, -1).astype(dtype), (base + jnp.log(total)).reshape(-1)
 
-    dtype = q.dtype
     window = masks.window
     if window is not None:
         window = jnp.concatenate([window, jnp.zeros(1, window.dtype)])[tokens.request]

@@ -1,0 +1,213 @@
+"""What a serving stack needs around the kernel: caches, their layouts elsewhere, partial results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ragged_attention.api import Attention, ragged_paged_attention
+from ragged_attention.layout import (
+    CacheLayout,
+    KVCache,
+    pack_pages,
+    round_up,
+    token_rows,
+    word_bits,
+)
+from ragged_attention.problem import Call, check_layout, problem_of
+from reference import ragged_attention as reference
+from tpukit import checks
+
+_WHERE = "ragged_attention"
+
+
+def allocate_kv_cache(
+    num_pages: int,
+    page_size: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> KVCache:
+    """An empty cache of a layer.
+
+    Args:
+      num_pages: pages of the pool.
+      page_size: tokens of a page: 8, 16, 32, 64, 128 or 256.
+      kv_heads: key/value heads (of this device).
+      key_dim: width of a key.
+      value_dim: width of a value, key_dim by default.
+      dtype: of keys and values: bfloat16, float32, int8, float8_e4m3fn or float8_e5m2.
+
+    Raises:
+      ArgumentError: one of them is not possible.
+    """
+    value_dim = key_dim if value_dim is None else value_dim
+    layout = CacheLayout(kv_heads, key_dim, value_dim, jnp.dtype(dtype).name, page_size)
+    return _empty(num_pages, layout)
+
+
+def allocate_mla_cache(
+    num_pages: int, page_size: int, rank: int, rope_dim: int, dtype: Any = jnp.bfloat16
+) -> KVCache:
+    """An empty cache of latents: a token takes rank + rope_dim lanes, rounded up to 128.
+
+    Raises:
+      ArgumentError: one of the numbers is not possible.
+    """
+    layout = CacheLayout(1, rank + rope_dim, rank, jnp.dtype(dtype).name, page_size, latent=True)
+    return _empty(num_pages, layout)
+
+
+def _empty(num_pages: int, layout: CacheLayout) -> KVCache:
+    checks.check_range(_WHERE, "num_pages", num_pages, low=0)
+    rows = num_pages * max(layout.page_size * jnp.dtype(layout.dtype).itemsize // 4, 1)
+    cache = KVCache(jnp.zeros((rows, layout.width), jnp.int32), layout)
+    check_layout(cache)
+    return cache
+
+
+def update_kv_cache(
+    k: jax.Array,
+    v: jax.Array | None,
+    cache: KVCache,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    page_indices: jax.Array,
+    page_offsets: jax.Array | None = None,
+    num_requests: jax.Array | int | None = None,
+    *,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+) -> KVCache:
+    """Writes new rows without attending; arguments as `ragged_paged_attention`. Plain JAX.
+
+    Raises:
+      ArgumentError: an argument does not suit the cache.
+    """
+    layout = cache.layout
+    q = jax.ShapeDtypeStruct((k.shape[0], layout.kv_heads, layout.key_dim), jnp.bfloat16)
+    call = Call(
+        q, k, v, cache, kv_lens, cu_q_lens, page_indices, page_offsets, num_requests,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    problem_of(call)
+    batch = call.batch()
+    rows = token_rows(*call.quantised(), layout)
+    place = reference.place_of(batch, len(rows), cache.num_pages, layout.page_size)
+    pack = layout.pack
+    shift = (place % pack) * (32 // pack)
+    field = jnp.left_shift(jnp.int32(-1 if pack == 1 else (1 << (32 // pack)) - 1), shift)
+    words = cache.words
+    # Tokens that share a word add up: each first clears its field, then adds to it.
+    row = place // pack
+    cleared = jnp.zeros(words.shape[0], jnp.int32).at[row].add(field, mode="drop")
+    added = jnp.left_shift(word_bits(rows), shift[:, None])
+    words = (words & ~cleared[:, None]).at[row].add(added, mode="drop")
+    return KVCache(words, layout)
+
+
+def merge_attention_states(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Attention over several sets of keys, from that over each.
+
+    Args:
+      o: [sets, tokens, heads, dim].
+      lse: [sets, tokens, heads] f32; -inf where a token saw nothing. At most one of the sets may
+        have had sinks.
+
+    Returns:
+      o [tokens, heads, dim] and lse [tokens, heads].
+    """
+    top = jnp.max(lse, axis=0)
+    base = jnp.where(jnp.isneginf(top), 0.0, top)
+    weight = jnp.exp(lse - base)
+    total = weight.sum(axis=0)
+    share = jnp.where(weight > 0, weight / jnp.where(total == 0, 1, total), 0.0 * weight)
+    merged = jnp.where(weight[..., None] > 0, share[..., None] * o.astype(jnp.float32), 0).sum(
+        axis=0
+    )
+    return merged.astype(o.dtype), base + jnp.log(total)
+
+
+def context_parallel_attention(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    cache: KVCache,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    page_indices: jax.Array,
+    page_offsets: jax.Array,
+    num_requests: jax.Array | int | None = None,
+    *,
+    axis_name: str,
+    keys_per_device: int,
+    **options: Any,
+) -> Attention:
+    """Attention whose keys are spread over a mesh axis, inside `shard_map`.
+
+    Device d of the axis holds keys [d * keys_per_device, (d + 1) * keys_per_device) of every
+    request, in its own cache and pages; queries, new rows and lengths are the same on all.
+
+    Args:
+      q, k, v, cu_q_lens, num_requests: as `ragged_paged_attention`, replicated.
+      cache, page_indices, page_offsets: this device's.
+      kv_lens: [requests] int32 tokens of each request on all devices together.
+      axis_name: the mesh axis.
+      keys_per_device: how many keys of a request a device holds.
+      **options: as `ragged_paged_attention`; sinks are not supported.
+
+    Returns:
+      An `Attention` with lse; o and lse are replicated, the cache is this device's.
+
+    Raises:
+      ArgumentError, UnsupportedError: as there.
+    """
+    checks.check_range(_WHERE, "keys_per_device", keys_per_device, low=1)
+    checks.check_choice(_WHERE, "sinks", options.get("sinks"), (None,))
+    q_lens = jnp.diff(lax.cummax(jnp.clip(cu_q_lens, 0, q.shape[0])))
+    before = lax.axis_index(axis_name) * keys_per_device
+    here = ragged_paged_attention(
+        q, k, v, cache, jnp.clip(kv_lens - before, 0, keys_per_device), cu_q_lens, page_indices,
+        page_offsets, num_requests, query_starts=kv_lens - q_lens - before, **options,
+        return_lse=True,
+    )  # fmt: skip
+    top = lax.pmax(here.lse, axis_name)
+    base = jnp.where(jnp.isneginf(top), 0.0, top)
+    weight = jnp.exp(here.lse - base)
+    total = lax.psum(weight, axis_name)
+    o = jnp.where(weight[..., None] > 0, weight[..., None] * here.o.astype(jnp.float32), 0)
+    o = lax.psum(o, axis_name) / jnp.where(total == 0, 1, total)[..., None]
+    return Attention(o.astype(q.dtype), here.cache, base + jnp.log(total))
+
+
+def from_interleaved(pages: jax.Array, kv_heads: int, key_dim: int) -> KVCache:
+    """A cache from the layout of tpu-inference's RPA v3 and SGLang-JAX's.
+
+    Args:
+      pages: [pages, page_size, 2 * kv_heads / packing rounded up, packing, dim rounded up to 128]:
+        keys and values of a head one after another, packed into the words of the type.
+      kv_heads: heads there are.
+      key_dim: width of keys and of values.
+    """
+    num_pages, page_size, rows, packing, width = pages.shape
+    flat = pages.reshape(num_pages, page_size, rows * packing, width)
+    flat = flat[:, :, : 2 * kv_heads, :key_dim]
+    dtype = jnp.dtype(pages.dtype).name
+    layout = CacheLayout(kv_heads, key_dim, key_dim, dtype, page_size)
+    return pack_pages(flat[:, :, 0::2], flat[:, :, 1::2], layout)
+
+
+def to_interleaved(cache: KVCache) -> jax.Array:
+    """The inverse of `from_interleaved`; padding is 0."""
+    keys, values = cache.unpack()
+    layout = cache.layout
+    both = jnp.stack([keys, values], axis=3)
+    both = both.reshape(*keys.shape[:2], 2 * layout.kv_heads, layout.key_dim)
+    heads = -2 * layout.kv_heads % layout.pack
+    lanes = round_up(layout.key_dim, 128) - layout.key_dim
+    both = jnp.pad(both, ((0, 0), (0, 0), (0, heads), (0, lanes)))
+    return both.reshape(*both.shape[:2], -1, layout.pack, both.shape[-1])
