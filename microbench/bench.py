@@ -217,6 +217,9 @@ class Bench:
                 print(f"\n{case.name} on {chip}: {error}")
                 rows.append({"case": case.name, "chip": chip})
                 continue
+            if found is None:
+                rows.append({"case": case.name, "chip": chip, "predicted us": "not replayed"})
+                continue
             if self.options.command == "predict":
                 print(f"\n{case.name} on {chip}\n{found.text()}")
             values = predicted.figures(found)

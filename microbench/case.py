@@ -124,8 +124,11 @@ class Suite(Protocol):
         """Names "module:function" and its keywords; given `chip` as well, it returns (fn, args)."""
         ...
 
-    def steered(self, case: Case, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The full-size call for a prediction: values for what steers the kernel, else shapes."""
+    def steered(self, case: Case, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+        """The full-size call for a prediction: values for what steers the kernel, else shapes.
+
+        None where its schedules cannot be replayed.
+        """
         ...
 
     def cost(self, case: Case) -> Cost:

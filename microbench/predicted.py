@@ -11,11 +11,19 @@ from microbench.cli import Options
 from tpukit.predict import MeshPrediction, Prediction, predict, predict_mesh, timeline
 
 
-def case(suite: Suite, case: Case, chip: str, options: Options) -> Prediction | MeshPrediction:
-    """Predicts a case: on one device, or on all of the mesh that it has the devices for."""
+def case(
+    suite: Suite, case: Case, chip: str, options: Options
+) -> Prediction | MeshPrediction | None:
+    """Predicts a case: on one device, or on all of the mesh that it has the devices for.
+
+    None where its schedules cannot be replayed.
+    """
     spans = bool(options.trace)
     if int(case.params.get("devices", 1)) == 1:  # pyright: ignore[reportArgumentType]
-        fn, args = suite.steered(case, options.seed)
+        call = suite.steered(case, options.seed)
+        if call is None:
+            return None
+        fn, args = call
         return predict(fn, *args, chip=chip, spans=spans)
     target, arguments = suite.aot_target(case)
     arguments["seed"] = options.seed

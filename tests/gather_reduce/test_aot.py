@@ -11,6 +11,7 @@ import pytest
 import gather_reduce
 from gather_reduce.api import problem_of
 from gather_reduce.plan import plan_for, work_of
+from microbench.cases import gather_reduce as cases
 from tests.gather_reduce import targets
 from tests.gather_reduce.oracle import FORMATS
 from tpukit import aot
@@ -33,41 +34,6 @@ def report(name, **options):
     return aot.static_report(f"{TARGETS}:one", name, **options)
 
 
-def subcores(found):
-    (kernel,) = found.sparse_kernels
-    assert kernel.name == "gather_reduce"
-    return next(section for section in kernel.sections if section.name == "subcores")
-
-
-def inner_loops(found):
-    """Bundles of the loops over columns, without and with rows that are selected away."""
-    masked, clean = (loop for loop in subcores(found).loops[-2:])
-    assert not masked.streams and not clean.streams
-    return clean.bundles, masked.bundles
-
-
-def bundles(name, **options):
-    """At most what a subcore issues: everything outside loops counts for every step."""
-    found = report(name, **options)
-    _, (x, *arrays) = targets.one(name, **options)
-    weights = arrays[1] if options.get("weighted", True) else None
-    problem = problem_of("test", x, arrays[0], weights, None, None, None)
-    sparse = chip(name).sparse
-    plan = plan_for(problem, chip(name)).plan
-    assert plan.engine == "sparsecore"
-    work = work_of(problem, plan, sparse)
-    code = subcores(found)
-    once = code.bundles - sum(loop.bundles for loop in code.loops if not is_schedule(loop))
-    vectors = plan.chunk // sparse.lanes  # the first and last are outside the loop, overlapped
-    clean, _ = inner_loops(found)
-    return work.steps * work.chunks * (once + (vectors - 1) * clean)
-
-
-def is_schedule(loop):
-    """Loops over steps hold transfers; the others are over columns or over indices."""
-    return bool(loop.streams)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "clean", "masked"),
     [
@@ -83,13 +49,17 @@ def is_schedule(loop):
 )
 def test_bundles_of_a_vector_of_columns(name, options, clean, masked):
     """For 16 rows; packed bfloat16 has two columns per word."""
-    found = inner_loops(report(name, **options))
+    found = cases.column_loops(report(name, **options))
     assert 10 < found[0] <= clean and found[0] < found[1] <= masked
 
 
-@pytest.mark.parametrize(("weighted", "most"), [(True, 240_000), (False, 160_000)])
-def test_bundles_of_a_whole_problem(weighted, most):
-    found = bundles("tpu7x", weighted=weighted)
+@pytest.mark.parametrize(("case", "most"), [("dense", 240_000), ("pre-weighted", 160_000)])
+def test_bundles_of_a_whole_problem(case, most):
+    (case,) = (c for c in cases.CASES if c.name == f"deepseek-v3/{case}")
+    target, arguments = cases.aot_target(case)
+    found = cases.bundles(
+        cases.Shape(**case.params), aot.static_report(target, "tpu7x", **arguments)
+    )
     assert most / 2 < found <= most
 
 

@@ -46,8 +46,8 @@ def simulate(
     """Runs a function whose kernels are for the SparseCore, on this CPU.
 
     Args:
-      fn: a function of arrays; what it does around its kernels is evaluated as usual.
-      *args: its arrays.
+      fn: a function of trees of arrays; what it does around its kernels is evaluated as usual.
+      *args: its arguments.
       chip: whose SparseCores to be.
       timing: when transfers are performed: "eager", "lazy" or "random".
       seed: of every order that is not determined: of cores, of iterations, of transfers.

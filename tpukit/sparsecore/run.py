@@ -272,7 +272,7 @@ def traced(fn: Callable[..., Any], args: Sequence[Any], chip: chips.Chip) -> Any
         raise UnsupportedError(
             where="sparsecore", what="a SparseCore kernel", place=chip.name, why="it has none"
         )
-    shapes = [jax.ShapeDtypeStruct(np.shape(x), x.dtype) for x in args]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tuple(args))
     kind = "TPU7x" if chip.name == "tpu7x" else f"TPU {chip.name}"
     device = jax.sharding.AbstractDevice(
         device_kind=kind, num_cores=chip.cores_per_device, platform="tpu"

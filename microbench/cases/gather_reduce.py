@@ -1,0 +1,265 @@
+"""The combine step of mixture-of-experts layers, per device.
+
+Sizes are those of the published models: DeepSeek-V3 (hidden 7168, 8 of 256 experts), DeepSeek-V2-
+Lite (2048, 6), gpt-oss-120b (2880, 4). Dense: a device has rows of every expert. Ragged: it has the
+experts of one of 2 or of 16 devices. Rows arrive packed, and weighted by their producer where the
+case says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gather_reduce
+from gather_reduce.api import problem_of
+from gather_reduce.plan import plan_for, work_of
+from microbench.case import Case, Check, Cost
+from reference import gather_reduce as reference
+from reference.gather_reduce import PackedRows, pack_columns
+from tpukit import sparsecore
+from tpukit.chips import chip as chip_named
+
+Spec = jax.ShapeDtypeStruct
+
+_SIZES = {
+    "deepseek-v3": {"tokens": 2048, "top_k": 8, "hidden_size": 7168},
+    "deepseek-v2-lite": {"tokens": 1000, "top_k": 6, "hidden_size": 2048},
+    "gpt-oss-120b": {"tokens": 1024, "top_k": 4, "hidden_size": 2880},
+}
+
+
+def _case(model: str, name: str, **changes: Any) -> Case:
+    usual = {"rows": "packed bfloat16", "weighted": True, "devices_sharing": 1}
+    return Case("gather_reduce", f"{model}/{name}", {**_SIZES[model], **usual, **changes})
+
+
+CASES = (
+    _case("deepseek-v3", "dense"),
+    _case("deepseek-v3", "pre-weighted", weighted=False),
+    _case("deepseek-v3", "plain rows", rows="bfloat16"),
+    _case("deepseek-v3", "float8", rows="packed float8_e4m3fn"),
+    _case("deepseek-v3", "ragged 2", devices_sharing=2),
+    _case("deepseek-v3", "ragged 16", devices_sharing=16),
+    _case("deepseek-v3", "small", tokens=256),
+    _case("deepseek-v2-lite", "dense"),
+    _case("gpt-oss-120b", "dense"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The parameters of a case; `devices_sharing` is 1 where all rows are valid."""
+
+    tokens: int
+    top_k: int
+    hidden_size: int
+    rows: str
+    weighted: bool
+    devices_sharing: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of x: one for each term."""
+        return self.tokens * self.top_k
+
+    @property
+    def dtype(self) -> Any:
+        """Of a row's elements."""
+        return jnp.dtype(self.rows.removeprefix("packed "))
+
+    def specs(self) -> tuple[Any, ...]:
+        """Shapes of x, indices, and of weights and valid where there are any."""
+        x: Any = Spec((self.num_rows, self.hidden_size), self.dtype)
+        if self.rows.startswith("packed"):
+            words = jax.eval_shape(pack_columns, x).words
+            x = PackedRows(words, self.hidden_size, self.dtype.name)
+        size = (self.tokens, self.top_k)
+        weights = [Spec(size, jnp.float32)] if self.weighted else []
+        valid = [Spec(size, jnp.bool_)] if self.devices_sharing > 1 else []
+        return x, Spec(size, jnp.int32), *weights, *valid
+
+
+def _shape(case: Case) -> Shape:
+    params: dict[str, Any] = dict(case.params)
+    return Shape(**params)
+
+
+def _call(shape: Shape, run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`run(x, indices, weights, valid)` on the arrays of a case."""
+
+    def fn(x: Any, indices: jax.Array, *rest: jax.Array) -> jax.Array:
+        optional = list(rest)
+        weights = optional.pop(0) if shape.weighted else None
+        return run(x, indices, weights, optional[0] if optional else None)
+
+    return fn
+
+
+def _kernel(x: Any, indices: jax.Array, weights: Any, valid: Any) -> jax.Array:
+    if valid is None:
+        return gather_reduce.dense_gather_reduce(x, indices, weights, implementation="pallas")
+    return gather_reduce.ragged_gather_reduce(x, indices, weights, valid, implementation="pallas")
+
+
+def inputs(case: Case, seed: int) -> tuple[Any, ...]:
+    """See `microbench.case.Suite`, as for all that follows."""
+    return _inputs(_shape(case), seed)
+
+
+def _inputs(shape: Shape, seed: int) -> tuple[Any, ...]:
+    rng = np.random.default_rng(seed)
+    size = (shape.tokens, shape.top_k)
+    x = rng.standard_normal((shape.num_rows, shape.hidden_size), np.float32)
+    rows = jnp.asarray(x, shape.dtype)
+    packed = pack_columns(rows) if shape.rows.startswith("packed") else rows
+    indices = jnp.asarray(rng.permutation(shape.num_rows).reshape(size), jnp.int32)
+    weights = [jnp.asarray(rng.random(size, np.float32))] if shape.weighted else []
+    local = rng.integers(0, shape.devices_sharing, size) == 0
+    valid = [jnp.asarray(local)] if shape.devices_sharing > 1 else []
+    return packed, indices, *weights, *valid
+
+
+def timed(case: Case) -> Case:
+    """On a CPU, at most 256 tokens."""
+    if jax.default_backend() == "tpu":
+        return case
+    tokens = min(_shape(case).tokens, 256)
+    return dataclasses.replace(case, params={**case.params, "tokens": tokens})
+
+
+def chips(case: Case) -> tuple[str, ...]:
+    """Those with SparseCores."""
+    del case
+    return gather_reduce.SUPPORTED_CHIPS
+
+
+def reference_fn(case: Case) -> Callable[..., Any]:
+    """The specification."""
+    return jax.jit(_call(_shape(case), reference.gather_reduce))
+
+
+def kernel_fn(case: Case) -> Callable[..., Any]:
+    """The kernel on this machine's TPU."""
+    return jax.jit(_call(_shape(case), _kernel))
+
+
+def check(case: Case, seed: int) -> list[Check]:
+    """Bit for bit; on a TPU at full size, elsewhere on simulated SparseCores, with bytes moved."""
+    shape = _shape(case)
+    if jax.default_backend() == "tpu":
+        args = _inputs(shape, seed)
+        return [_same(shape, args, jax.jit(_call(shape, _kernel))(*args))]
+    shape = dataclasses.replace(shape, tokens=min(shape.tokens, 64), hidden_size=512)
+    args = _inputs(shape, seed)
+    try:
+        found = sparsecore.simulate(_call(shape, _kernel), *args, timing="random", seed=seed)
+    except sparsecore.faults.SimulationError as error:
+        return [Check(f"runs: {type(error).__name__}", float("inf"), 0.0, note=str(error))]
+    (kernel,) = found.kernels
+    entries = 4 * shape.num_rows * (2 if shape.weighted else 1)
+    read = kernel.total("hbm_read") / (_gathered_bytes(shape, args) + entries)
+    limit = 2.2 if shape.rows == "bfloat16" else 1.1  # rows of bfloat16 share words in pairs
+    written = kernel.total("hbm_written") / (shape.tokens * shape.hidden_size * 2)
+    return [
+        _same(shape, args, found.out),
+        Check("bytes read / of valid rows and entries", read, limit),
+        Check("bytes written / of the result", written, 1.0),
+    ]
+
+
+def _same(shape: Shape, args: tuple[Any, ...], found: Any) -> Check:
+    """Elements that are not those of the specification, operation by operation."""
+    right = _call(shape, reference.gather_reduce)(*args)
+    wrong = np.sum(np.asarray(right, np.float32) != np.asarray(found, np.float32))
+    return Check("elements that differ", float(wrong), 0.0)
+
+
+def _gathered_bytes(shape: Shape, args: tuple[Any, ...]) -> int:
+    valid = int(np.sum(args[-1])) if shape.devices_sharing > 1 else shape.num_rows
+    return valid * shape.hidden_size * shape.dtype.itemsize
+
+
+def aot_target(case: Case) -> tuple[str, dict[str, Any]]:
+    """Names `build`."""
+    return "microbench.cases.gather_reduce:build", dict(case.params)
+
+
+def build(chip: str, **params: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The full-size call, for a chip that need not be present."""
+    del chip  # the kernel asks what it is compiled for
+    shape = Shape(**params)
+    return jax.jit(_call(shape, _kernel)), shape.specs()
+
+
+def steered(case: Case, seed: int) -> None:
+    """Schedules of SparseCores are not replayed."""
+    del case, seed
+
+
+def cost(case: Case) -> Cost:
+    """Valid rows and indices read once, the result written once; no products of matrices."""
+    shape = _shape(case)
+    row = shape.hidden_size * shape.dtype.itemsize
+    rows = shape.num_rows / shape.devices_sharing
+    entries = 4 * shape.num_rows * (2 if shape.weighted else 1)
+    return Cost(flops=0.0, hbm_bytes=rows * row + entries + shape.tokens * shape.hidden_size * 2)
+
+
+def plan(case: Case, chip: str) -> str:
+    """What `gather_reduce.explain` says, of the SparseCores where it prefers another place."""
+    x, indices, *rest = _shape(case).specs()
+    weights = rest[0] if _shape(case).weighted else None
+    found = gather_reduce.explain(x, indices, weights, chip=chip)
+    if found.plan.engine == "sparsecore":
+        return str(found)
+    return f"{found}; compiled for the SparseCores"
+
+
+def figures(case: Case, report: Any) -> dict[str, float]:
+    """Bundles of the loop over columns, and of a whole call on one subcore."""
+    clean, masked = column_loops(report)
+    return {
+        "bundles/vector": clean,
+        "bundles/vector, rows left out": masked,
+        "bundles/subcore": bundles(_shape(case), report),
+    }
+
+
+def subcores(report: Any) -> Any:
+    """The program of the vector subcores in a `tpukit.aot.StaticReport`."""
+    (kernel,) = report.sparse_kernels
+    return next(section for section in kernel.sections if section.name == "subcores")
+
+
+def column_loops(report: Any) -> tuple[int, int]:
+    """Bundles of the loop over columns, where every row counts and where some do not."""
+    masked, clean = subcores(report).loops[-2:]
+    return clean.bundles, masked.bundles
+
+
+def bundles(shape: Shape, report: Any) -> int:
+    """At most what a subcore issues.
+
+    Everything outside the loops over columns and over indices is taken to be issued in every step,
+    both for rows that all count and for some that do not; ragged steps are all of the second kind.
+    """
+    x, indices, *rest = shape.specs()
+    weights = rest[0] if shape.weighted else None
+    problem = problem_of("bundles", x, indices, weights, None, None, None)
+    chip = chip_named(report.chip)
+    found = plan_for(problem, chip, sparse_only=True).plan
+    if chip.sparse is None:
+        return 0
+    work = work_of(problem, found, chip.sparse)
+    code, (clean, masked) = subcores(report), column_loops(report)
+    per_pass = masked if shape.devices_sharing > 1 else clean
+    once = code.bundles - sum(loop.bundles for loop in code.loops if not loop.streams)
+    # One vector of columns is outside the loop, whose passes overlap.
+    passes = (found.chunk // chip.sparse.lanes - 1) * problem.format.parts
+    return work.steps * work.chunks * (once + passes // problem.format.together * per_pass)
