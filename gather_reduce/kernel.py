@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu_sc as plsc
 from gather_reduce.plan import SLOTS, Plan, Problem, Work, padded_entries, work_of
 from gather_reduce.rows import FLOAT32, as_pair, decode, weighted_sum
 from tpukit.chips import SparseCores
+from tpukit.manual import manual_axes
 
 NO_ROW = -1
 NAME = "gather_reduce"
@@ -289,7 +290,9 @@ def gather_reduce_kernel(
     total = work.teams * work.steps * problem.entries
     tokens = problem.num_groups * problem.group
     out = jax.ShapeDtypeStruct(
-        (tokens, kind.parts * problem.words), jnp.bfloat16 if problem.narrow else jnp.float32
+        (tokens, kind.parts * problem.words),
+        jnp.bfloat16 if problem.narrow else jnp.float32,
+        manual_axis_type=manual_axes(*(a for a in (x, indices, factors) if a is not None)),
     )
     word = jnp.float32 if kind == FLOAT32 else jnp.int32
     window = -(-work.window * problem.entries // work.lanes) * work.lanes + work.lanes

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 import gather_reduce
 from gather_reduce import PackedRows
@@ -54,3 +55,15 @@ def one(chip, rows="packed bfloat16", tokens=2048, top_k=8, hidden_size=7168, **
     """One call, bfloat16 out; a row for every term."""
     options = {"out": "bfloat16", "weighted": True} | options
     return call(rows, tokens, top_k, tokens * top_k, hidden_size, **options)
+
+
+def on_devices(chip):
+    """A call per device of a mesh, inside `jax.shard_map` with its checks."""
+    local, args = call("bfloat16", 256, 8, 512, 512, out="bfloat16", weighted=True)
+    rows = PartitionSpec("device")
+
+    def fn(*args):
+        mesh = jax.sharding.get_abstract_mesh()
+        return jax.shard_map(local, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows)(*args)
+
+    return fn, args, {"mesh_axes": {"device": 4}, "in_specs": [rows] * 3}

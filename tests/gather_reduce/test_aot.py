@@ -29,6 +29,11 @@ def test_everything_compiles(name, rows, tmp_path):
     assert not found["kernels"]
 
 
+def test_compiles_inside_shard_map(tmp_path):
+    found = aot.compile_and_dump(f"{TARGETS}:on_devices", "tpu7x", tmp_path)
+    assert len(found["sparse_kernels"]) == 1
+
+
 @functools.cache
 def report(name, **options):
     return aot.static_report(f"{TARGETS}:one", name, **options)

@@ -235,3 +235,28 @@ def test_nothing_to_do(tokens, rows):
     for implementation in ("interpret", "reference"):
         out = gather_reduce.dense_gather_reduce(x, indices, implementation=implementation)
         assert out.shape == (tokens, 128) and not out.any()
+
+
+def test_inside_shard_map_with_its_checks():
+    """Each device has its own rows; values and gradients are those of the reference."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((64, 128)), jnp.float32)
+    indices = jnp.asarray(rng.integers(-1, 32, (6, 3)), jnp.int32)
+    weights = jnp.asarray(rng.standard_normal((6, 3)), jnp.float32)
+    mesh = jax.make_mesh((2,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    rows = jax.sharding.PartitionSpec("d")
+
+    def loss(x, weights, implementation):
+        def local(x, indices, weights):
+            return gather_reduce.dense_gather_reduce(
+                x, indices, weights, implementation=implementation
+            )
+
+        out = jax.shard_map(local, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows)
+        return jnp.sum(out(x, indices, weights) ** 2)
+
+    found, right = (
+        jax.value_and_grad(loss, argnums=(0, 1))(x, weights, implementation)
+        for implementation in ("interpret", "reference")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, right)

@@ -8,6 +8,7 @@ TPU might get right by luck is an error here: see `tpukit.sparsecore.faults`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 
 from tpukit import chips
+from tpukit.manual import manual_axes
 from tpukit.sparsecore import faults
 from tpukit.sparsecore.core import Counts
 from tpukit.sparsecore.run import KernelRun, Run, evaluate, traced
@@ -63,7 +65,7 @@ def simulate(
 
 
 def interpret(fn: Callable[..., Any], *args: Any, chip: str = "tpu7x") -> Any:
-    """The results of `simulate` alone, also under `jax.jit`; arguments and errors are the same."""
+    """The results of `simulate` alone; works under `jax.jit` and `jax.shard_map` as well."""
     entry = chips.chip(chip)
     closed, shapes = traced(fn, args, entry)
 
@@ -71,7 +73,10 @@ def interpret(fn: Callable[..., Any], *args: Any, chip: str = "tpu7x") -> Any:
         out, _ = _run(closed, [np.asarray(x) for x in leaves], entry, "lazy", 0)
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
-    return jax.pure_callback(run, shapes, *jax.tree.leaves(args))
+    leaves = jax.tree.leaves(args)
+    like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual_axes(*leaves))
+    results = jax.tree.map(lambda x: like(x.shape, x.dtype), shapes)
+    return jax.pure_callback(run, results, *leaves)
 
 
 def _run(

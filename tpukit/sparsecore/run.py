@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -279,5 +280,12 @@ def traced(fn: Callable[..., Any], args: Sequence[Any], chip: chips.Chip) -> Any
     )
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("device",), axis_types=auto, abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.make_jaxpr(fn, return_shape=True)(*shapes)
+
+    def trace() -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.make_jaxpr(fn, return_shape=True)(*shapes)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return trace()
+    with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # a mesh is a thread's own
+        return elsewhere.submit(trace).result()
