@@ -10,7 +10,8 @@ from tpukit.manual import manual_axes
 
 
 def test_axes_are_joined():
-    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("a", "b"), auto, devices=jax.devices()[:4])
     seen = []
 
     @jax.jit

@@ -8,7 +8,6 @@ TPU might get right by luck is an error here: see `tpukit.sparsecore.faults`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,9 +73,9 @@ def interpret(fn: Callable[..., Any], *args: Any, chip: str = "tpu7x") -> Any:
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
     leaves = jax.tree.leaves(args)
-    like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual_axes(*leaves))
-    results = jax.tree.map(lambda x: like(x.shape, x.dtype), shapes)
-    return jax.pure_callback(run, results, *leaves)
+    out = jax.pure_callback(run, shapes, *leaves)
+    axes = tuple(manual_axes(*leaves).varying)  # of which a callback's results know nothing
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), out) if axes else out
 
 
 def _run(
