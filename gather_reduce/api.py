@@ -10,8 +10,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gather_reduce import gradient
-from gather_reduce.kernel import gather_reduce_kernel
-from gather_reduce.plan import LANES, MAX_TOP_K, Explanation, Plan, Problem, plan_for
+from gather_reduce.adder import AdderWalk
+from gather_reduce.kernel import Walk, gather_reduce_kernel
+from gather_reduce.plan import (
+    LANES,
+    MAX_TOP_K,
+    Explanation,
+    Plan,
+    Problem,
+    plan_for,
+    stepped,
+)
 from reference import gather_reduce as reference
 from reference.gather_reduce import PackedRows
 from tpukit import checks, sparsecore
@@ -56,7 +65,8 @@ def dense_gather_reduce(
       implementation: "pallas" (the SparseCore), "interpret" (the kernel on a CPU, slow),
         "reference" (what XLA makes of `reference.gather_reduce`), or "auto": whichever of the
         SparseCore and XLA the cost model finds quicker.
-      plan: instead of the cost model's.
+      plan: instead of the cost model's. With `Plan("adder", ...)`, of float32 rows without weights,
+        the order of the sum is that of k.
       validate: check values as well (eager calls only): indices of -1 or of a row, finite weights.
 
     Returns:
@@ -137,7 +147,7 @@ def supports(
         found = plan_for(problem, chip_named(chip), plan, sparse_only=True)
     except (ArgumentError, UnsupportedError):
         return False
-    return found.plan.engine == "sparsecore"
+    return found.plan.engine != "xla"
 
 
 def problem_of(
@@ -283,7 +293,13 @@ def launch(
     padding = (-array.shape[0] % shared, problem.words - array.shape[1])
     if any(padding):
         array = jnp.pad(array, ((0, padding[0]), (0, padding[1])))
-    run = functools.partial(gather_reduce_kernel, problem=problem, plan=plan, sparse=chip.sparse)
+    run = functools.partial(
+        gather_reduce_kernel,
+        problem=stepped(problem, plan, chip.sparse),
+        plan=plan,
+        sparse=chip.sparse,
+        walk=AdderWalk if plan.engine == "adder" else Walk,
+    )
     operands = (array, indices) if factors is None else (array, indices, factors)
     if chosen == "interpret":
         out = sparsecore.interpret(run, *operands, chip=chip.name)

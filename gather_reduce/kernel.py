@@ -38,22 +38,23 @@ class Refs:
       x: [rows or pairs of rows, words] words, or float32.
       indices, factors: [all entries] int32 and float32; factors None where there are none.
       out: [rows of words, parts * words] words, or float32.
-      rows: [SLOTS, entries of a step, chunk].
       sums: [SLOTS, parts, rows of words of a step, chunk].
-      ids, scales: [entries of a window] those of the current one, cleaned.
+      ids: [entries of a window] those of the current one, cleaned.
       arrived, gone: [SLOTS] semaphores of rows, and of sums.
+      rows: [SLOTS, entries of a step, chunk], or None where rows are added on their way.
+      scales: [entries of a window] factors of the current one, cleaned, or None.
     """
 
     x: Any
     indices: Any
     factors: Any
     out: Any
-    rows: Any
     sums: Any
     ids: Any
-    scales: Any
     arrived: Any
     gone: Any
+    rows: Any = None
+    scales: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +275,7 @@ def gather_reduce_kernel(
     problem: Problem,
     plan: Plan,
     sparse: SparseCores,
+    walk: type[Walk] = Walk,
 ) -> jax.Array:
     """Runs the kernel.
 
@@ -281,7 +283,8 @@ def gather_reduce_kernel(
       x: [num_rows, words] in the problem's format.
       indices: [tokens, top_k] int32.
       factors: [tokens, top_k] float32, or None.
-      problem, plan, sparse: what, how, and on what.
+      problem, plan, sparse: what, how, and on what; the problem with the steps of the plan.
+      walk: what its subcores do.
 
     Returns:
       [tokens, parts * words], bfloat16 or float32.
@@ -295,44 +298,34 @@ def gather_reduce_kernel(
         manual_axis_type=manual_axes(*(a for a in (x, indices, factors) if a is not None)),
     )
     word = jnp.float32 if kind == FLOAT32 else jnp.int32
+    sum_word = jnp.int32 if problem.narrow else jnp.float32
     window = -(-work.window * problem.entries // work.lanes) * work.lanes + work.lanes
     entries = padded_entries(problem, work.lanes)
-    sum_word = jnp.int32 if problem.narrow else jnp.float32
-    scratch = [
-        pltpu.VMEM((SLOTS, entries, plan.chunk), word),
-        pltpu.VMEM((SLOTS, kind.parts, problem.out_rows, plan.chunk), sum_word),
-        pltpu.VMEM((window,), jnp.int32),
-        pltpu.SemaphoreType.DMA((SLOTS,)),
-        pltpu.SemaphoreType.DMA((SLOTS,)),
-        *([pltpu.VMEM((window,), jnp.float32)] if problem.weighted else []),
-    ]
+    scratch = {
+        "sums": pltpu.VMEM((SLOTS, kind.parts, problem.out_rows, plan.chunk), sum_word),
+        "ids": pltpu.VMEM((window,), jnp.int32),
+        "arrived": pltpu.SemaphoreType.DMA((SLOTS,)),
+        "gone": pltpu.SemaphoreType.DMA((SLOTS,)),
+    }
+    if plan.engine == "sparsecore":
+        scratch["rows"] = pltpu.VMEM((SLOTS, entries, plan.chunk), word)
+    if problem.weighted:
+        scratch["scales"] = pltpu.VMEM((window,), jnp.float32)
 
-    def body(*refs: Any) -> None:
-        x, ids, *rest = refs
-        factors = rest.pop(0) if problem.weighted else None
-        out, rows, sums, window_ids, arrived, gone, *scales = rest
+    def body(x: Any, indices: Any, *rest: Any, **scratch: Any) -> None:
+        *factors, out = rest
+        refs = Refs(
+            x=x.bitcast(jnp.int32) if kind.rows_per_word == 2 else x,
+            indices=indices,
+            factors=factors[0] if factors else None,
+            out=out.bitcast(jnp.int32) if problem.narrow else out,
+            **scratch,
+        )
         subcore = lax.axis_index("core") * work.subcores + lax.axis_index("subcore")
-        team, part = (
-            (subcore, jnp.int32(0))
-            if plan.parts == 1
-            else (
-                subcore // plan.parts,
-                lax.rem(subcore, plan.parts),
-            )
-        )
-        grouped = Refs(
-            x.bitcast(jnp.int32) if kind.rows_per_word == 2 else x,
-            ids,
-            factors,
-            out.bitcast(jnp.int32) if problem.narrow else out,
-            rows,
-            sums,
-            window_ids,
-            scales[0] if scales else None,
-            arrived,
-            gone,
-        )
-        Walk(problem, plan, work, grouped, team, part).run()
+        team, part = subcore, jnp.int32(0)
+        if plan.parts > 1:
+            team, part = subcore // plan.parts, lax.rem(subcore, plan.parts)
+        walk(problem, plan, work, refs, team, part).run()
 
     def flat(entries: jax.Array, fill: int) -> jax.Array:
         entries = entries.reshape(-1)

@@ -25,7 +25,7 @@ ROW_US = 0.0043
 STEP_BUNDLES = 200
 STREAM_BUNDLES = 2
 
-Engine = Literal["sparsecore", "xla"]
+Engine = Literal["sparsecore", "adder", "xla"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Problem:
       rows: name of the format of x, a key of `rows.FORMATS`.
       weighted: whether rows are multiplied by factors.
       narrow: whether the output is bfloat16, else float32.
+      step_tokens: tokens of a step where the plan says how many, else 0.
     """
 
     num_tokens: int
@@ -48,6 +49,7 @@ class Problem:
     rows: str
     weighted: bool
     narrow: bool
+    step_tokens: int = 0
 
     @property
     def format(self) -> Format:
@@ -57,6 +59,8 @@ class Problem:
     @property
     def group(self) -> int:
         """Tokens of a step: some 16 rows; bfloat16 outputs share words in pairs."""
+        if self.step_tokens:
+            return self.step_tokens
         most = max(1, STEP_ROWS // self.top_k)
         tokens = 1 << (most.bit_length() - 1)
         return max(tokens, 2) if self.narrow else tokens
@@ -82,7 +86,8 @@ class Plan:
     """Where a call runs, and how it is cut up there.
 
     Attributes:
-      engine: "sparsecore", or "xla" for what XLA makes of the reference.
+      engine: "sparsecore"; "xla" for what XLA makes of the reference; or "adder", the SparseCore
+        with rows that are added up on their way, see `gather_reduce.adder`.
       parts: subcores that share the tokens of a step, each with some columns.
       chunk: words of a row that are gathered at once.
     """
@@ -139,6 +144,13 @@ def work_of(problem: Problem, plan: Plan, sparse: SparseCores) -> Work:
     )
 
 
+def stepped(problem: Problem, plan: Plan, sparse: SparseCores) -> Problem:
+    """The problem with the steps that the plan's engine takes."""
+    if plan.engine != "adder":
+        return problem
+    return dataclasses.replace(problem, step_tokens=sparse.lanes)
+
+
 def padded_entries(problem: Problem, lanes: int) -> int:
     """Rows that a step's buffer has: indices are used a vector at a time."""
     return -(-problem.entries // lanes) * lanes
@@ -146,9 +158,12 @@ def padded_entries(problem: Problem, lanes: int) -> int:
 
 def vmem_bytes(problem: Problem, plan: Plan, sparse: SparseCores) -> int:
     """Bytes of a subcore's memory that the kernel's buffers take."""
+    problem = stepped(problem, plan, sparse)
     work = work_of(problem, plan, sparse)
     entries = work.window * problem.entries + 2 * sparse.lanes
     rows = -(-padded_entries(problem, sparse.lanes) // 8) * 8 * plan.chunk
+    if plan.engine == "adder":
+        rows = 0  # they are added to the sums, and are nowhere else
     sums = problem.out_rows * problem.format.parts * plan.chunk
     return 4 * (SLOTS * (rows + sums) + entries * (2 if problem.weighted else 1))
 
@@ -231,6 +246,8 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
             where="gather_reduce", argument=f"plan.{field}", got=got, expected=expected
         )
 
+    if plan.engine == "adder" and (problem.rows != "float32" or problem.weighted or problem.narrow):
+        refuse("engine", "'sparsecore': 'adder' is for float32 without weights, float32 out")
     tiles = problem.words // LANES
     if plan.parts < 1 or (sparse.cores * sparse.subcores) % plan.parts or tiles % plan.parts:
         refuse("parts", f"a divisor of {sparse.cores * sparse.subcores} and of {tiles} tiles")
@@ -280,7 +297,7 @@ def plan_for(
     limit = chip.sparse.vmem_bytes if chip.sparse else 0
 
     def explained(plan: Plan, source: str, why: str) -> Explanation:
-        on_sparse = plan.engine == "sparsecore" and chip.sparse is not None
+        on_sparse = plan.engine != "xla" and chip.sparse is not None
         used = vmem_bytes(problem, plan, chip.sparse) if on_sparse and chip.sparse else 0
         return Explanation(plan, source, why, used, limit)
 

@@ -16,7 +16,7 @@ SHAPES = (  # top_k, hidden size, output, whether weighted: every value of each 
 )
 
 
-def call(rows, tokens, top_k, num_rows, hidden_size, *, out, weighted, ragged=False):
+def call(rows, tokens, top_k, num_rows, hidden_size, *, out, weighted, ragged=False, plan=None):
     """A function of arrays and their shapes."""
     dtype = jnp.dtype(rows.removeprefix("packed "))
     x = Spec((num_rows, hidden_size), dtype)
@@ -31,6 +31,8 @@ def call(rows, tokens, top_k, num_rows, hidden_size, *, out, weighted, ragged=Fa
         rest = list(rest)
         weights = rest.pop(0) if weighted else None
         options = {"out_dtype": jnp.dtype(out), "implementation": "pallas"}
+        if plan is not None:
+            options["plan"] = gather_reduce.Plan(*plan)
         if ragged:
             return gather_reduce.ragged_gather_reduce(x, indices, weights, *rest, **options)
         return gather_reduce.dense_gather_reduce(x, indices, weights, **options)
