@@ -38,7 +38,7 @@ class Attention(NamedTuple):
     lse: jax.Array | None
 
 
-def ragged_paged_attention(
+def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, each by its name)
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
@@ -85,16 +85,14 @@ def ragged_paged_attention(
         page_offsets[r + 1]].
       num_requests: how many requests count, a number or int32 []; all by default.
       causal: a query sees no later position.
-      window: a query sees only so many last positions, itself included: a number, or int32
-        [requests], where 0 means all.
+      window: a query sees so many last positions: a number, or int32 [requests], 0 means all.
       ancestors: [tokens, 1 or 2] uint32 tree mask for requests of at most 64 query tokens: bit d of
         word w says that a token sees its request's query token 32 w + d. Keys before the query
         tokens are visible; longer requests stay causal.
       sinks: [q_heads] f32 logits that take part in the softmax and carry no value.
       soft_cap: logits become soft_cap * tanh(logits / soft_cap).
       sm_scale: of the logits, key_dim ** -0.5 by default.
-      q_scale: of q: a number or [] (exact), [q_heads], [tokens, 1] or [tokens, q_heads] (rounded to
-        the type of q).
+      q_scale: of q: a number or [] (exact), [q_heads], [tokens, 1] or [tokens, q_heads] (rounded).
       k_scale, v_scale: of cached keys and values, a number, [] or [kv_heads]. New ones are divided
         by it as they are written.
       temperature_len: logits of a query at position p beyond it are multiplied by
@@ -103,17 +101,17 @@ def ragged_paged_attention(
         here, kv_len - q_len by default; negative, or kv_len and more, where keys are spread over
         devices and the query tokens' own are elsewhere (see `context_parallel_attention`).
       return_lse: also give the logarithm of the softmax's denominator.
-      bounds_checks: False leaves out the compiler's checks of every transfer's addresses, which
-        cost as much scalar code as the transfers. Pages are checked by the kernel in any case.
+      bounds_checks: False leaves out the compiler's checks of addresses, which cost as much scalar
+        code as the transfers. Pages are checked by the kernel in any case.
       implementation: "pallas" (a TPU), "interpret" (the kernel on a CPU, slow), "reference", or
         "auto": the kernel on a TPU that supports it, else the reference.
       plan: block sizes instead of the tuned ones.
       validate: check values as well (eager calls only).
 
     Returns:
-      An `Attention`. Tokens of no request, and queries that see nothing, give 0. A page that is not
-      in the pool or not listed reads as zeros and is not written. Where new rows are written, up to
-      a group of 8 words of rows behind a request's last key become 0.
+      An `Attention`; 0 for tokens of no request and queries that see nothing. Pages that are not in
+      the pool or not listed read as zeros and are not written. Where new rows are written, the rest
+      of their group of 8 rows of words, behind the request's last key, becomes 0.
 
     Raises:
       ArgumentError: an argument that can never work: what it was, what it needs.
@@ -137,14 +135,9 @@ def ragged_paged_attention(
     q, scales = call.scaled_queries(batch)
     if chosen == "reference":
         return by_reference(call, problem, batch, q, scales)
-    plan = plan_for(problem, target, plan).plan
-    if not q.shape[0]:
-        lse = jnp.zeros((0, problem.q_heads), jnp.float32) if return_lse else None
-        o = jnp.zeros((0, problem.q_heads, problem.layout.value_dim), q.dtype)
-        return Attention(o, cache, lse)
-    interpret = pltpu.InterpretParams() if chosen == "interpret" else False
-    options = {"plan": plan, "chip": target, "interpret": interpret, "bounds_checks": bounds_checks}
-    return launch(call, problem, batch, q, scales, options)
+    options = {"plan": plan_for(problem, target, plan).plan, "chip": target}
+    options["interpret"] = pltpu.InterpretParams() if chosen == "interpret" else False
+    return launch(call, problem, batch, q, scales, options | {"bounds_checks": bounds_checks})
 
 
 def mla_ragged_paged_attention(
@@ -297,6 +290,10 @@ def launch(
 ) -> Attention:
     """Brings the arguments into the kernel's layout and runs it."""
     layout, tokens, plan = problem.layout, problem.num_tokens, options["plan"]
+    if not tokens:
+        lse = jnp.zeros((0, problem.q_heads), jnp.float32) if problem.lse else None
+        o = jnp.zeros((0, problem.q_heads, layout.value_dim), q.dtype)
+        return Attention(o, call.cache, lse)
     rows = (
         round_up(problem.num_indices, LANES) // LANES + plan.keys // layout.page_size // LANES + 2
     )

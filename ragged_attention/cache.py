@@ -1,4 +1,4 @@
-"""What a serving stack needs around the kernel: caches, their layouts elsewhere, partial results."""
+"""What a serving stack needs around the kernel: caches, layouts elsewhere, partial results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def allocate_kv_cache(
     Raises:
       ArgumentError: one of them is not possible.
     """
-    value_dim = key_dim if value_dim is None else value_dim
+    value_dim = value_dim or key_dim
     layout = CacheLayout(kv_heads, key_dim, value_dim, jnp.dtype(dtype).name, page_size)
     return _empty(num_pages, layout)
 

@@ -38,14 +38,14 @@ class Operands(NamedTuple):
     """Arrays; T tokens. In HBM, but for scales (SMEM) and sinks (VMEM)."""
 
     scales: Ref  # [2, kv_heads] f32, of logits and of values
-    sinks: Ref | None  # [q_heads, 128] f32, lanes equal
+    sinks: Ref  # None, or [q_heads, 128] f32, lanes equal
     indices: Ref  # the list of pages, -1 for any that is not in the pool: [..] i32 in SMEM if it is
     #               short, else [.., 128]
     q: Ref  # [T, q_heads, key_dim]
-    fresh: Ref | None  # [T, width] new rows in the type of the cache
-    tree: Ref | None  # [T, 128] i32, words of ancestors in lanes 0 and 1
+    fresh: Ref  # None, or [T, width] new rows in the type of the cache
+    tree: Ref  # None, or [T, 128] i32, words of ancestors in lanes 0 and 1
     o: Ref  # [T, q_heads, value_dim]
-    lse: Ref | None  # [T, lanes] f32
+    lse: Ref  # None, or [T, lanes] f32
     cache: Ref  # [pages * page_rows, width] i32, written in place
 
 
@@ -71,11 +71,11 @@ class Scratch(NamedTuple):
     total: Ref  # [kv_heads, R, 128] f32
     sum: Ref  # [kv_heads, R, value lanes] f32
     out: Ref  # [2, Q, q_heads, value_dim]
-    fresh: Ref | None  # [blocks, tokens, width] in the type of the cache
-    tree: Ref | None  # [blocks, Q + 8, 128] i32
-    lse: Ref | None  # [2, Q, lanes] f32
+    fresh: Ref  # None, or [blocks, tokens, width] in the type of the cache
+    tree: Ref  # None, or [blocks, Q + 8, 128] i32
+    lse: Ref  # None, or [2, Q, lanes] f32
     books: Ref  # [records, fields] the records
-    pages: Ref | None  # [records, rows, 128] part of a long list of pages, for a record
+    pages: Ref  # None, or [records, rows, 128] part of a long list of pages, for a record
     fetched: Ref  # [tiles] rows of words on their way into a tile
     erased: Ref  # [tiles] -1 if pages of the tile are not in the pool
     stored: Ref  # [tiles] rows of words on their way out of it
@@ -190,13 +190,13 @@ class Plumbing:
     def move(self, source: Any, target: Any, count: Any, sem: Ref) -> None:
         """Starts to move `count` rows of words; source and target are (ref, first row)."""
         if self.whole_groups:
-            ends = (rows_of(ref, first, count) for ref, first in (source, target))
-            pltpu.make_async_copy(*ends, sem).start()
+            here, there = (rows_of(ref, first, count) for ref, first in (source, target))
+            pltpu.make_async_copy(here, there, sem).start()
             return
 
         def row(i: jax.Array) -> None:
-            ends = (ref.at[pl.ds(first + i, 1)] for ref, first in (source, target))
-            pltpu.make_async_copy(*ends, sem).start()
+            here, there = (ref.at[pl.ds(first + i, 1)] for ref, first in (source, target))
+            pltpu.make_async_copy(here, there, sem).start()
 
         repeat(count, row)
 
@@ -256,13 +256,17 @@ class Plumbing:
         self.vmem.fetched[slot] = rows
         self.vmem.erased[slot] = signs
 
-    def await_tile(self, record: Noted, slot: jax.Array) -> None:
-        """Waits for a tile; pages that are not in the pool become zeros."""
+    def await_tile(self, slot: jax.Array) -> None:
+        """Waits for a tile."""
         tile = self.vmem.tiles.at[slot]
         self.await_rows(tile, self.vmem.fetched[slot], self.vmem.sems.tiles.at[slot])
 
+    def erase_pages(self, record: Noted, slot: jax.Array) -> None:
+        """Zeroes the pages of a tile that are not in the pool, new rows and all."""
+
         @pl.when(self.vmem.erased[slot] < 0)
         def _() -> None:
+            tile = self.vmem.tiles.at[slot]
             repeat(self.listed(record)[0], lambda place: self.erase(record, tile, place))
 
     def erase(self, record: Noted, tile: Ref, place: jax.Array) -> None:
@@ -323,7 +327,6 @@ class Plumbing:
 
     def fresh_copy(self, record: Noted, slot: jax.Array) -> Any:
         """The transfer of a record's new rows."""
-        assert self.hbm.fresh is not None and self.vmem.fresh is not None
         group = GROUP_ROWS * self.layout.pack
         begin, count = (
             pl.multiple_of(x * self.layout.pack, group) for x in self.fresh_rows(record)
@@ -396,7 +399,6 @@ class Plumbing:
         target = self.vmem.queries.at[slot, pl.ds(0, record.count)]
         copies = [pltpu.make_async_copy(source, target, sem)]
         if self.problem.tree:
-            assert self.hbm.tree is not None and self.vmem.tree is not None
             begin = pl.multiple_of(record.row & -GROUP_ROWS, GROUP_ROWS)
             source = self.hbm.tree.at[pl.ds(begin, self.vmem.tree.shape[1])]
             copies.append(pltpu.make_async_copy(source, self.vmem.tree.at[slot], sem))
@@ -419,7 +421,6 @@ class Plumbing:
 
     def each_lse(self, slot: jax.Array, row: Any, act: Callable[[Any], None]) -> None:
         """The transfers of a block's logarithms, token by token."""
-        assert self.hbm.lse is not None and self.vmem.lse is not None
         lse, target = self.vmem.lse, self.hbm.lse
 
         def token(i: jax.Array, _: None) -> None:

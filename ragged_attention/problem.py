@@ -71,7 +71,7 @@ class Call:
         return jnp.pad(self.ancestors, ((0, 0), (0, missing)))
 
     def scaled_queries(self, batch: reference.Batch) -> tuple[jax.Array, jax.Array]:
-        """Queries times the scales that heads or tokens have, and [2, kv_heads] all other scales."""
+        """Queries times what scales heads or tokens have, and [2, kv_heads] all other scales."""
         heads, one = self.cache.layout.kv_heads, jnp.float32(1)
         scale = self.q.shape[2] ** -0.5 if self.sm_scale is None else self.sm_scale
         factors = []

@@ -253,7 +253,7 @@ class Walk(NamedTuple):
         new = select(at.written == NOT_YET, jnp.maximum(request.first, 0), at.key)
         key = new & -limits.page_size
         group = GROUP_ROWS * limits.pack  # records do not share what a DMA moves
-        end = jnp.minimum(key + limits.tile, (new + limits.block) & -group)
+        end = key + jnp.minimum(limits.tile, (new - key + limits.block) & -group)
         end = jnp.minimum(end, request.kv_len)
         record = Record(
             kind=jnp.int32(WRITES),

@@ -2,7 +2,8 @@
 
 A batch holds requests. Request r owns the query tokens [cu_q_lens[r], cu_q_lens[r + 1]), which are
 the last of its kv_lens[r] tokens: query i has position kv_len - q_len + i, unless query_starts says
-otherwise. Key j of the request is in page page_indices[page_offsets[r] + j // page_size], row j % page_size. New keys and values are
+otherwise. Key j of the request is
+in page page_indices[page_offsets[r] + j // page_size], row j % page_size. New keys and values are
 written to their pages first; then, per query head,
 
     s_j = logit_scale * (q . k_j)             soft cap: s_j = cap * tanh(s_j / cap)

@@ -47,7 +47,7 @@ class Random:
         return (jnp.asarray(self.q), *new, self.cache, *map(jnp.asarray, rest))
 
 
-def random_batch(
+def random_batch(  # noqa: PLR0913  (every shape has a default)
     seed: int,
     kv_lens: list[int],
     q_lens: list[int],
@@ -162,63 +162,68 @@ def sees(batch: Random, r: int, position: int, key: np.ndarray) -> np.ndarray:
     return seen
 
 
+def scale_of(batch: Random, token: int, head: int, kv_head: int, position: int) -> float:
+    """What a query's products are multiplied by."""
+    options = batch.options
+    q_scale = np.asarray(options.get("q_scale", 1.0), np.float64)
+    if q_scale.ndim == 2:
+        q_scale = np.broadcast_to(q_scale, batch.q.shape[:2])[token]
+    q_scale = np.broadcast_to(q_scale, batch.q.shape[1])[head]
+    k_scale = np.broadcast_to(options.get("k_scale", 1.0), batch.layout.kv_heads)[kv_head]
+    scale = options.get("sm_scale", batch.q.shape[2] ** -0.5) * float(q_scale) * float(k_scale)
+    limit = options.get("temperature_len")
+    if limit is not None and position > limit:
+        scale *= np.log(position) / np.log(limit)
+    return scale
+
+
+def gathered(batch: Random, r: int, pages: np.ndarray) -> np.ndarray:
+    """Rows of a request in order; zeros where its page is not in the pool."""
+    rows = np.zeros((batch.kv_lens[r], *pages.shape[2:]))
+    listed = batch.pages[batch.offsets[r] : batch.offsets[r + 1]]
+    for j in range(len(rows)):
+        place, row = divmod(j, batch.layout.page_size)
+        if place < len(listed) and 0 <= listed[place] < len(pages):
+            rows[j] = pages[listed[place], row].astype(np.float64)
+    return rows
+
+
+def softmax(logits: np.ndarray, sink: float) -> tuple[np.ndarray, float]:
+    """Weights that sum to 1 with the sink's, and the logarithm of the denominator."""
+    top = max(logits.max(initial=-np.inf), sink)
+    if np.isneginf(top):
+        return np.zeros_like(logits), -np.inf
+    w = np.exp(logits - top)
+    total = w.sum() + np.exp(sink - top)
+    return w / total, top + np.log(total)
+
+
 def exact(batch: Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """o [T, q_heads, value_dim], lse [T, q_heads], and per element sum_j w_j |v_j| / total."""
+    """o [T, q_heads, value_dim], lse [T, q_heads], and per element sum_j w_j |v_j|."""
     layout, options = batch.layout, batch.options
     k_pages, v_pages, _ = written(batch)
     tokens, heads, _ = batch.q.shape
-    group = heads // layout.kv_heads
+    sinks = np.broadcast_to(options.get("sinks", -np.inf), heads).astype(np.float64)
     o = np.zeros((tokens, heads, layout.value_dim))
-    size = np.zeros_like(o)
-    sinks = options.get("sinks")
-    lse = np.full((tokens, heads), -np.inf)
-    if sinks is not None:
-        lse[:] = np.asarray(sinks)
-    for r, kv_len in enumerate(batch.kv_lens):
-        key = np.arange(kv_len)
-        listed = batch.pages[batch.offsets[r] : batch.offsets[r + 1]]
-        first = kv_len - (batch.cu[r + 1] - batch.cu[r])
-        keys, values = (
-            np.zeros((kv_len, *k_pages.shape[2:])),
-            np.zeros((kv_len, *v_pages.shape[2:])),
-        )
-        for j in key:
-            page = listed[j // layout.page_size] if j // layout.page_size < len(listed) else -1
-            if 0 <= page < len(k_pages):
-                keys[j] = k_pages[page, j % layout.page_size].astype(np.float64)
-                values[j] = v_pages[page, j % layout.page_size].astype(np.float64)
-        for t in range(batch.cu[r], batch.cu[r + 1]):
-            position = first + t - batch.cu[r]
-            if position < 0 or not kv_len:
-                continue
-            seen = sees(batch, r, position, key)
-            for h in range(heads):
-                kv = h // group
-                scale = options.get("sm_scale", batch.q.shape[2] ** -0.5)
-                for name in ("q_scale", "k_scale"):
-                    value = np.asarray(options.get(name, 1.0), np.float64)
-                    heads_of = kv if name == "k_scale" else h
-                    if value.ndim == 2:
-                        value = value[t, heads_of if value.shape[1] > 1 else 0]
-                    elif value.ndim == 1:
-                        value = value[heads_of]
-                    scale = scale * value
-                if (limit := options.get("temperature_len")) is not None and position > limit:
-                    scale = scale * np.log(position) / np.log(limit)
-                s = keys[:, kv] @ batch.q[t, h].astype(np.float64) * scale
-                if (cap := options.get("soft_cap")) is not None:
-                    s = cap * np.tanh(s / cap)
-                s = np.where(seen, s, -np.inf)
-                sink = -np.inf if sinks is None else float(np.asarray(sinks)[h])
-                top = max(s.max(initial=-np.inf), sink)
-                if np.isneginf(top):
-                    continue
-                w = np.exp(s - top)
-                total = w.sum() + np.exp(sink - top)
-                v_scale = float(np.broadcast_to(options.get("v_scale", 1.0), layout.kv_heads)[kv])
-                o[t, h] = w @ values[:, kv] / total * v_scale
-                size[t, h] = w @ np.abs(values[:, kv]) / total * abs(v_scale)
-                lse[t, h] = top + np.log(total)
+    size, lse = np.zeros_like(o), np.tile(sinks, (tokens, 1))
+    v_scale = np.broadcast_to(options.get("v_scale", 1.0), layout.kv_heads).astype(np.float64)
+    owned = [(r, t) for r in range(len(batch.kv_lens)) for t in range(batch.cu[r], batch.cu[r + 1])]
+    rows = {r: [gathered(batch, r, pages) for pages in (k_pages, v_pages)] for r, _ in owned}
+    for r, t in owned:
+        keys, values = rows[r]
+        position = batch.kv_lens[r] - batch.cu[r + 1] + t
+        if position < 0:
+            continue
+        seen = sees(batch, r, position, np.arange(batch.kv_lens[r]))
+        for h in range(heads):
+            kv = h * layout.kv_heads // heads
+            s = keys[:, kv] @ batch.q[t, h].astype(np.float64)
+            s *= scale_of(batch, t, h, kv, position)
+            if (cap := options.get("soft_cap")) is not None:
+                s = cap * np.tanh(s / cap)
+            w, lse[t, h] = softmax(np.where(seen, s, -np.inf), sinks[h])
+            o[t, h] = w @ values[:, kv] * v_scale[kv]
+            size[t, h] = w @ np.abs(values[:, kv]) * abs(v_scale[kv])
     return o, lse, size
 
 
