@@ -1,4 +1,4 @@
-"""The layer without a kernel of its own: sort by expert, grouped products, weighted sum.
+"""The layer without a kernel of its own: sort by expert, grouped products, `gather_reduce`.
 
 Differentiable, and at home on every backend. Across devices either every device holds some of the
 experts (tokens are gathered, partial results are summed and scattered), or a part of every expert.
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from gather_reduce import ragged_gather_reduce
 from reference.fused_moe import Activation, Weights, chosen, gated, quantise
 
 AxisNames = tuple[str, ...]
@@ -78,8 +79,9 @@ def local_layer(
     order = jnp.argsort(ids, stable=True)
     counts = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
     y = experts_of(tokens[order // top_k], weights, ids[order], counts, *options)
-    y = jnp.zeros_like(y).at[order].set(y).reshape(num_tokens, top_k, -1)
-    out = jnp.where(known[..., None], y * expert_weights[..., None], 0.0).sum(axis=1)
+    places = jnp.zeros_like(ids).at[order].set(jnp.arange(ids.size, dtype=ids.dtype))
+    places = places.reshape(num_tokens, top_k)
+    out = ragged_gather_reduce(y, places, expert_weights, known)
     if weights.shared is not None:
         out += shared_expert(tokens, weights.shared, *options)
     return out

@@ -14,7 +14,6 @@ from gather_reduce.adder import AdderWalk
 from gather_reduce.kernel import Walk, gather_reduce_kernel
 from gather_reduce.plan import (
     LANES,
-    MAX_TOP_K,
     Explanation,
     Plan,
     Problem,
@@ -55,8 +54,8 @@ def dense_gather_reduce(
       x: [rows, hidden_size] float32 or bfloat16; or `PackedRows`, which halves the bytes that are
         gathered: its producer writes the words itself, or calls `pack_columns`. A hidden size that
         is no multiple of 128, or an odd number of bfloat16 rows, is padded in a copy.
-      indices: [tokens, top_k] int32, top_k at most 32. An index outside [0, rows), such as -1,
-        chooses no row.
+      indices: [tokens, top_k] int32; the SparseCore takes a top_k of at most 32. An index outside
+        [0, rows), such as -1, chooses no row.
       weights: [tokens, top_k] float32 or bfloat16, or None for rows that are weighted already. A
         weight of 0 chooses no row. Rows that are not chosen are not read: what they hold, NaN
         included, does not matter. A token that chooses none gives exactly 0.
@@ -70,8 +69,8 @@ def dense_gather_reduce(
       validate: check values as well (eager calls only): indices of -1 or of a row, finite weights.
 
     Returns:
-      [tokens, hidden_size]. Differentiable in x, weights and row_scales; packed rows have no
-      gradient.
+      [tokens, hidden_size]. Differentiable in x, weights and row_scales, but a weight of exactly 0
+      has none, as its row is not read; nor have packed rows.
 
     Raises:
       ArgumentError: an argument that can never work: what it was, what it needs.
@@ -182,7 +181,7 @@ def problem_of(
         name = kind.name
     dims.bind("indices", indices, "tokens top_k")
     checks.check_dtype(where, "indices", indices, (jnp.int32,))
-    checks.check_range(where, "top_k", dims["top_k"], 1, MAX_TOP_K)
+    checks.check_range(where, "top_k", dims["top_k"], 1)
     if weights is not None:
         dims.bind("weights", weights, "tokens top_k")
         checks.check_dtype(where, "weights", weights, _DTYPES)

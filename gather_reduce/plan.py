@@ -11,7 +11,7 @@ from tpukit.chips import Chip, SparseCores
 from tpukit.errors import ArgumentError, UnsupportedError
 
 LANES = 128  # columns of a tile in HBM
-MAX_TOP_K = 32
+MAX_TOP_K = 32  # rows of a token that the kernel unrolls
 STEP_ROWS = 16  # rows of one step, where top_k allows it: their factors stay in registers
 WINDOW_ENTRIES = 512  # indices that a subcore holds at once, about
 SLOTS = 2  # buffers of rows and of sums
@@ -239,6 +239,14 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
             why="it has no SparseCore",
             advice="Use implementation='auto', which runs it on the TensorCore.",
         )
+    if problem.top_k > MAX_TOP_K:
+        raise UnsupportedError(
+            where="gather_reduce",
+            what=f"top_k of {problem.top_k}",
+            place=f"the SparseCores of {chip.name}",
+            why=f"the kernel is for at most {MAX_TOP_K}",
+            advice="Use implementation='auto', which runs it on the TensorCore.",
+        )
 
     def refuse(field: str, expected: str) -> None:
         got = f"is {getattr(plan, field)}"
@@ -267,7 +275,7 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
 def candidates(problem: Problem, chip: Chip) -> list[Plan]:
     """The plans that are legal on the SparseCores of a chip."""
     sparse = chip.sparse
-    if sparse is None:
+    if sparse is None or problem.top_k > MAX_TOP_K:
         return []
     count, tiles = sparse.cores * sparse.subcores, problem.words // LANES
     found = []
@@ -309,7 +317,8 @@ def plan_for(
     if not plans:
         if sparse_only:
             check_plan(problem, Plan("sparsecore"), chip)
-        return explained(Plan("xla"), "model", f"{chip.name} has no SparseCore")
+        why = f"{chip.name} has no SparseCore" if chip.sparse is None else "top_k is too large"
+        return explained(Plan("xla"), "model", why)
     best = min(plans, key=lambda p: (bundles(problem, p, chip), p.parts, -p.chunk))
     here = sparse_us(problem, best, chip)
     why = f"predicted {here:.1f} us on the SparseCores, {other:.1f} us on the TensorCore"

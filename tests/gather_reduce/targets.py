@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+import fused_moe
 import gather_reduce
 from gather_reduce import PackedRows
 
-Spec = jax.ShapeDtypeStruct
+Spec, BF16 = jax.ShapeDtypeStruct, jnp.bfloat16
 SHAPES = (  # top_k, hidden size, output, whether weighted: every value of each with some of others
     (1, 128, "float32", True),
     (5, 7168, "bfloat16", True),
@@ -69,3 +70,12 @@ def on_devices(chip):
         return jax.shard_map(local, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows)(*args)
 
     return fn, args, {"mesh_axes": {"device": 4}, "in_specs": [rows] * 3}
+
+
+def layer(chip, tokens=512):
+    """A mixture-of-experts layer in its grouped form, which sums up with what is tested here."""
+    hidden, inter, experts, top_k = 1024, 512, 8, 6
+    into, back = Spec((experts, hidden, inter), BF16), Spec((experts, inter, hidden), BF16)
+    weights = fused_moe.Weights(into, into, back)
+    routing = Spec((tokens, top_k), jnp.int32), Spec((tokens, top_k), jnp.float32)
+    return fused_moe.grouped_moe, (Spec((tokens, hidden), BF16), weights, *routing)

@@ -34,6 +34,13 @@ def test_compiles_inside_shard_map(tmp_path):
     assert len(found["sparse_kernels"]) == 1
 
 
+@pytest.mark.parametrize(("name", "count"), [("tpu7x", 1), ("v6e", 1), ("v5e", 0)])
+def test_the_grouped_layer_sums_on_the_sparsecores_that_there_are(name, count, tmp_path):
+    found = aot.compile_and_dump(f"{TARGETS}:layer", name, tmp_path)
+    kernels = [k for k in found["sparse_kernels"] if k.startswith("gather_reduce")]
+    assert len(kernels) == count
+
+
 @functools.cache
 def report(name, **options):
     return aot.static_report(f"{TARGETS}:one", name, **options)
