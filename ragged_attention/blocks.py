@@ -1,8 +1,7 @@
 """A block of queries opens and closes: between layouts by token and by head.
 
 Queries and outputs lie by token, [tokens, q_heads, dim]. A key/value head's rows are its query
-heads one after another, each with all tokens of the block. Rows of 128 lanes in f32 stand between
-the two: they are read and written with a stride.
+heads one after another, each with all tokens of the block.
 """
 
 from __future__ import annotations
@@ -29,43 +28,23 @@ class Blocks(Plumbing):
 
     side: int
 
-    def head_rows(self, style: Style, head: int) -> list[tuple[slice, Any]]:
-        """Where rows of a head are: among its own, and in `staged` (by token, then query head)."""
-        group, tokens, heads = self.problem.group, style.tokens, self.problem.q_heads
-        if tokens == 1:
-            return [(slice(0, group), slice(head * group, (head + 1) * group))]
-        return [
-            (slice(g * tokens, (g + 1) * tokens), pl.ds(head * group + g, tokens, stride=heads))
-            for g in range(group)
-        ]
-
     def open(self, record: Noted, style: Style) -> None:
-        """Waits for the block's queries and prepares them; nothing has been seen."""
+        """Waits for the block's queries, lays them out by head and scales them."""
         for copy in self.block_copies(record):
             copy.wait()
-        window, dim, tokens = self.layout.keys, self.layout.key_dim, style.tokens
-        q = self.vmem.queries[self.block_slot(record), :tokens].astype(jnp.float32)
-        for c, begin in enumerate(range(0, dim, LANES)):
-            lanes = min(LANES, dim - begin)
-            part = q[:, :, begin : begin + lanes].reshape(-1, lanes)
-            self.vmem.staged[c, : len(part), :lanes] = part
-        chunks = -(-dim // LANES)
+        window, dim, group = self.layout.keys, self.layout.key_dim, self.problem.group
+        slot, rows = self.block_slot(record), slice(0, style.rows)
+        if style.tokens == 1:
+            q = self.vmem.queries[slot, 0].astype(jnp.float32)
+        else:
+            q = jnp.swapaxes(self.vmem.queries[slot, : style.tokens].astype(jnp.float32), 0, 1)
         for h in range(self.layout.kv_heads):
-            for own, staged in self.head_rows(style, h):
-                parts = [self.vmem.staged[c, staged] for c in range(chunks)]
-                x = self.widen(parts, dim, window.width, window.offset(h))
-                if style.split:
-                    x = flash.halves(x * self.factor(h))
-                self.vmem.scaled[h, own, : x.shape[1]] = x.astype(self.problem.compute_dtype)
-
-    def widen(self, parts: list[jax.Array], dim: int, width: int, offset: int) -> jax.Array:
-        """Lanes of a head, at their place in its window, zeros beside them."""
-        rows = len(parts[0])
-        padding = [jnp.zeros((rows, LANES), jnp.float32)] * (width // LANES - len(parts))
-        x = jnp.concatenate([*parts, *padding], axis=1)
-        if dim % LANES:
-            x = jnp.where(iota(x.shape, 1) < dim, x, 0.0)
-        return pltpu.roll(x, offset, 1) if offset else x
+            x = q[h * group : (h + 1) * group].reshape(style.rows, dim)
+            parts = flash.halves(x * self.factor(h)) if style.split else (x,)
+            for i, part in enumerate(parts):
+                begin = i * window.width + window.offset(h)
+                part = part.astype(self.problem.compute_dtype)
+                self.vmem.scaled[h, rows, begin : begin + dim] = part
 
     def factor(self, head: Any) -> jax.Array:
         """What q . k is multiplied by: to base 2, or for the tanh of a soft cap."""
@@ -103,29 +82,26 @@ class Blocks(Plumbing):
         return Softmax(*(jnp.where(opens, new, old) for new, old in zip(blank, held, strict=True)))
 
     def close(self, record: Noted, style: Style) -> None:
-        """Divides by the sums and starts to write the outputs."""
-        slot, tokens = record.block & 1, style.tokens
+        """Divides by the sums, lays out by token and starts to write the outputs."""
+        slot, tokens, group = record.block & 1, style.tokens, self.problem.group
         self.await_out(slot)
         window, dim = self.layout.vals, self.layout.value_dim
-        chunks = [slice(begin, min(begin + LANES, dim)) for begin in range(0, dim, LANES)]
-        found, unseen = [], record.has(FIRST) & (record.span == 0)
+        outputs, sums, unseen = [], [], record.has(FIRST) & (record.span == 0)
         for h in range(self.layout.kv_heads):
             o, lse = flash.finish(self.known(h, slice(0, style.rows), style, unseen))
-            found.append(lse)
             o *= self.hbm.scales[1, h]
             if offset := window.offset(h):
                 o = pltpu.roll(o, window.width - offset, 1)
-            for own, staged in self.head_rows(style, h):
-                for c, lanes in enumerate(chunks):
-                    part = o[own, lanes.start : lanes.start + LANES]
-                    self.vmem.staged[c, staged] = part
-        rows = tokens * self.problem.q_heads
-        shape = (tokens, self.problem.q_heads, -1)
-        for c, lanes in enumerate(chunks):
-            part = self.vmem.staged[c, :rows, : lanes.stop - lanes.start].reshape(shape)
-            self.vmem.out[slot, :tokens, :, lanes] = part.astype(self.problem.dtype)
+            o = o[:, :dim]
+            outputs.append(o if tokens == 1 else o.reshape(group, tokens, dim))
+            sums.append(lse)
+        o = jnp.concatenate(outputs, axis=0)
+        if tokens == 1:
+            self.vmem.out[slot, 0] = o.astype(self.problem.dtype)
+        else:
+            self.vmem.out[slot, :tokens] = jnp.swapaxes(o, 0, 1).astype(self.problem.dtype)
         if self.vmem.lse is not None:
-            self.vmem.lse[slot, :tokens] = self.by_token(found, style)
+            self.vmem.lse[slot, :tokens] = self.by_token(sums, style)
         self.start_out(record)
 
     def by_token(self, found: list[jax.Array], style: Style) -> jax.Array:

@@ -57,11 +57,10 @@ def wide(column: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([column] * (width // LANES), axis=1)
 
 
-def halves(x: jax.Array) -> jax.Array:
-    """[rows, 2 lanes] bf16 whose halves sum to x [rows, lanes] f32 to 16 bits."""
+def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two bf16 arrays that sum to x, f32, to 16 bits."""
     high = x.astype(jnp.bfloat16)
-    low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    return jnp.concatenate([high, low], axis=1)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def logits(q: jax.Array, k: jax.Array, factor: jax.Array, soft_cap: float | None) -> jax.Array:

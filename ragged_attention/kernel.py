@@ -74,6 +74,8 @@ class Pass(Blocks):
 
         repeat(plan.tiles, clear)
         self.vmem.leaving[0] = self.vmem.leaving[1] = 0
+        if self.layout.keys.width != self.layout.key_dim:  # zeros stay beside the queries
+            self.vmem.scaled[...] = jnp.zeros(self.vmem.scaled.shape, self.problem.compute_dtype)
         cursor = lax.fori_loop(0, plan.ahead, self.make, self.walk.start())
         repeat(plan.lookahead, lambda i: self.start_tile(i, 0))
         repeat(plan.blocks - 1, self.start_block)
@@ -197,7 +199,7 @@ class Pass(Blocks):
 
     def strips(self, record: Noted, tile: Tile, style: Style, strips: list[Strip]) -> None:
         """Strips of rows, one after another."""
-        masks: dict[int, jax.Array] = {}
+        masks: dict[tuple[int, int], jax.Array] = {}
         keys: dict[int, jax.Array] = {}
         values: dict[int, jax.Array] = {}
 
@@ -212,11 +214,11 @@ class Pass(Blocks):
             s = flash.logits(q, k, self.factor(strip.head), self.problem.soft_cap)
             if tile.doubtful == tile.size:
                 return s
-            first = strip.rows.start % style.tokens
-            if first not in masks:
-                masks[first] = self.seen(record, tile, style, strip.rows)
+            rows = strip.rows.start % style.tokens, strip.rows.stop - strip.rows.start
+            if rows not in masks:
+                masks[rows] = self.seen(record, tile, style, strip.rows)
             known, doubtful = s[:, : tile.doubtful], s[:, tile.doubtful :]
-            doubtful = jnp.where(masks[first], doubtful, UNSEEN)
+            doubtful = jnp.where(masks[rows], doubtful, UNSEEN)
             return jnp.concatenate([known, doubtful], axis=1) if tile.doubtful else doubtful
 
         def fold(strip: Strip, s: jax.Array) -> None:

@@ -82,11 +82,6 @@ class Problem:
         return self.q_heads // self.layout.kv_heads
 
     @property
-    def chunks(self) -> int:
-        """Groups of 128 lanes that a head of queries or outputs takes."""
-        return -(-max(self.layout.key_dim, self.layout.value_dim) // LANES)
-
-    @property
     def lse_lanes(self) -> int:
         """Lanes of a token's logarithms."""
         return round_up(self.q_heads, LANES)
@@ -126,7 +121,7 @@ class Plan:
     @property
     def lookahead(self) -> int:
         """Tiles that are being fetched ahead; of the others, all but one are being written back."""
-        return 1 if self.tiles == 2 else self.tiles - max(self.tiles // 4, 2)
+        return {2: 1, 4: 2}.get(self.tiles, self.tiles - max(self.tiles // 4, 3))
 
     @property
     def ahead(self) -> int:
@@ -199,7 +194,6 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
     found = {
         "tiles": ((plan.tiles, plan.keys // layout.pack, layout.width), jnp.int32),
         "queries": ((plan.blocks, queries, problem.q_heads, layout.key_dim), problem.dtype),
-        "staged": ((problem.chunks, queries * problem.q_heads, LANES), f32),
         "scaled": ((heads, rows, lanes), problem.compute_dtype),
         "top": ((heads, rows, LANES), f32),
         "total": ((heads, rows, LANES), f32),
@@ -231,6 +225,8 @@ def vmem_allowed(problem: Problem, plan: Plan, chip: Chip) -> int:
     """Bytes to ask the compiler for: the buffers, and room for the logits and what is spilled."""
     strip = min(STRIP_ROWS, max(8, plan.queries * problem.group))
     values = strip * plan.keys * 4 * 4 + plan.keys * problem.layout.width * 2
+    dim = round_up(max(problem.layout.key_dim, problem.layout.value_dim), LANES)
+    values += 2 * plan.queries * round_up(problem.q_heads, 8) * dim * 4  # while a block is laid out
     return vmem_bytes(problem, plan, chip) + values + 6 * 2**20
 
 
@@ -299,7 +295,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
     """
     least = 64 if problem.tree else GROUP_ROWS * problem.layout.pack
     prefill = problem.num_tokens > 8 * problem.num_requests
-    wanted = max(least, min(256 if prefill else 32, problem.num_tokens))
+    wanted = max(least, min(256 if prefill else 128, problem.num_tokens))
     sizes = [n for n in (256, 128, 64, 32, 16, 8) if n >= least and n < 2 * wanted]
     keys = (4096, 2048, 1024, 512)
     if prefill:  # many rows matter more than many buffers

@@ -65,7 +65,6 @@ class Scratch(NamedTuple):
 
     tiles: Ref  # [tiles, K, width] i32
     queries: Ref  # [blocks, Q, q_heads, key_dim]
-    staged: Ref  # [chunks, Q * q_heads, 128] f32, queries or outputs by token and head
     scaled: Ref  # [kv_heads, R, lanes] queries as they are multiplied
     top: Ref  # [kv_heads, R, 128] f32
     total: Ref  # [kv_heads, R, 128] f32
@@ -194,7 +193,7 @@ class Plumbing:
             pltpu.make_async_copy(here, there, sem).start()
             return
 
-        def row(i: jax.Array) -> None:
+        def row(i: Any) -> None:
             here, there = (ref.at[pl.ds(first + i, 1)] for ref, first in (source, target))
             pltpu.make_async_copy(here, there, sem).start()
 
@@ -237,22 +236,28 @@ class Plumbing:
 
         page_at = self.pages_of(record)
 
-        def fetch(place: Any) -> jax.Array:
-            """Starts to fetch a page, as far as it has any of the tile's keys."""
+        def fetch(place: Any, count: Any) -> jax.Array:
+            """Starts to fetch `count` rows of a page."""
             page = page_at(place)
-            count = jnp.clip(rows - place * size, 0, size)
-            self.move(
-                (self.hbm.cache, jnp.maximum(page, 0) * size), (tile, place * size), count, sem
-            )
-            return jnp.where(count > 0, page, 0)
+            source = (self.hbm.cache, jnp.maximum(page, 0) * size)
+            self.move(source, (tile, place * size), count, sem)
+            return page
 
-        def several(i: jax.Array, signs: jax.Array) -> jax.Array:
-            return functools.reduce(
-                jnp.bitwise_or, [fetch(i * UNROLL + j) for j in range(UNROLL)], signs
-            )
+        def whole(i: jax.Array, signs: jax.Array) -> jax.Array:
+            pages = (fetch(i * UNROLL + j, size) for j in range(UNROLL))
+            return functools.reduce(jnp.bitwise_or, pages, signs)
 
-        signs = select(listed < needed, -1, 0)
-        signs = lax.fori_loop(0, (listed + UNROLL - 1) >> (UNROLL.bit_length() - 1), several, signs)
+        def last(i: jax.Array, signs: jax.Array) -> jax.Array:
+            for j in range(UNROLL):
+                place = i * UNROLL + j
+                count = jnp.clip(rows - place * size, 0, size)
+                signs |= jnp.where(count > 0, fetch(place, count), 0)
+            return signs
+
+        step = (UNROLL * size).bit_length() - 1
+        full, some = rows >> step, (rows + UNROLL * size - 1) >> step
+        signs = lax.fori_loop(0, full, whole, select(listed < needed, -1, 0))
+        signs = lax.fori_loop(full, some, last, signs)
         self.vmem.fetched[slot] = rows
         self.vmem.erased[slot] = signs
 
