@@ -201,6 +201,7 @@ def problem_of(
         rows=name,
         weighted=weights is not None or row_scales is not None,
         narrow=out == jnp.bfloat16,
+        ragged=valid is not None,
     )
 
 

@@ -9,7 +9,6 @@ that nothing hostile becomes an address.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +54,23 @@ class Refs:
     gone: Any
     rows: Any = None
     scales: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A row of a sum.
+
+    Attributes:
+      entry: which of the step's.
+      factor: what it is multiplied by, in all lanes, or None.
+      shift: what brings it to the top of words that it shares with another row, or None.
+      counted: whether it counts, in all lanes, or None where it does.
+    """
+
+    entry: Any
+    factor: jax.Array | None
+    shift: jax.Array | None
+    counted: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,42 +227,85 @@ class Walk:
     def reduce(self, step: jax.Array) -> None:
         """The sums of a step."""
         group, _, slot = self.place(step)
+        every = self.all_terms()
         clean = self.all_count(group)
-        pl.when(clean)(lambda: self.reduce_rows(group, slot, masked=False))
-        pl.when(~clean)(lambda: self.reduce_rows(group, slot, masked=True))
+        pl.when(clean)(lambda: self.reduce_rows(slot, self.terms(group, every, masked=False)))
+        rest = ~clean
+        if self.problem.ragged and self.problem.top_k > 2:
+            pairs, few = self.pairs(group)
+            pl.when(few)(lambda: self.reduce_rows(slot, self.terms(group, pairs, masked=True)))
+            rest &= ~few
+        pl.when(rest)(lambda: self.reduce_rows(slot, self.terms(group, every, masked=True)))
 
-    def splats(self, ref: Any, group: jax.Array) -> list[jax.Array]:
-        """Each of a step's entries in all lanes of a vector."""
-        first, lanes = group * self.problem.entries, self.work.lanes
-        spread = functools.partial(jnp.full, (lanes,), dtype=jnp.int32)
-        return [
-            plsc.load_gather(ref, [spread(first + entry)]) for entry in range(self.problem.entries)
-        ]
+    def all_terms(self) -> list[list[Any]]:
+        """Each token's entries in the step."""
+        top_k = self.problem.top_k
+        return [list(range(t * top_k, (t + 1) * top_k)) for t in range(self.problem.group)]
 
-    def reduce_rows(self, group: jax.Array, slot: jax.Array, *, masked: bool) -> None:
-        """The sums of a step, with rows that do not count selected away or without."""
-        problem, kind, refs = self.problem, self.problem.format, self.refs
-        factors = self.splats(refs.scales, group) if problem.weighted else None
-        pairs = kind.rows_per_word == 2
-        ids = self.splats(refs.ids, group) if masked or pairs else []
-        shifts: list[Any] = [(1 - (one & 1)) << 4 for one in ids] if pairs else []
+    def pairs(self, group: jax.Array) -> tuple[list[list[Any]], jax.Array]:
+        """Two entries of each token, those that count first; and whether no token has more."""
+        lanes, top_k = self.work.lanes, self.problem.top_k
+        first = group * self.problem.entries
+        ids = [self.refs.ids[pl.ds(first + n * lanes, lanes)] for n in range(self.pieces)]
+        found, most = [], jnp.int32(0)
+        for token in range(self.problem.group):
+            begin = token * top_k
+            one, two, count = (jnp.int32(n) for n in (begin, begin + 1, 0))
+            for entry in range(begin, begin + top_k):
+                counted = ids[entry // lanes][entry % lanes] >= 0
+                one, two = (
+                    jnp.where(counted & (count == 0), entry, one),
+                    jnp.where(counted & (count == 1), entry, two),
+                )
+                count += counted.astype(jnp.int32)
+            # Of a lone entry that comes second the other one must not be the same.
+            two = jnp.where((count == 1) & (one == begin + 1), begin, two)
+            found.append([one, two])
+            most = jnp.maximum(most, count)
+        return found, most <= 2
 
-        def value(entry: int, columns: Any, part: Any) -> list[jax.Array]:
-            word = refs.rows[slot, entry, columns]
-            if masked:
-                word = jnp.where(ids[entry] >= 0, word, np.zeros((), word.dtype))
-            return decode(kind, word, shifts[entry] if pairs else 24 - 8 * part)
+    def splat(self, ref: Any, group: jax.Array, entry: Any) -> jax.Array:
+        """An entry of a step in all lanes of a vector."""
+        place = jnp.full(self.work.lanes, group * self.problem.entries + entry, jnp.int32)
+        return plsc.load_gather(ref, [place])
+
+    def terms(
+        self, group: jax.Array, tokens: Sequence[Sequence[Any]], *, masked: bool
+    ) -> list[list[Term]]:
+        """The terms of each token's sum, from their entries in the step."""
+        pairs = self.problem.format.rows_per_word == 2
+
+        def term(entry: Any) -> Term:
+            ids = self.splat(self.refs.ids, group, entry) if masked or pairs else None
+            scales = self.refs.scales
+            return Term(
+                entry=entry,
+                factor=self.splat(scales, group, entry) if self.problem.weighted else None,
+                shift=(1 - (ids & 1)) << 4 if pairs and ids is not None else None,
+                counted=ids >= 0 if masked and ids is not None else None,
+            )
+
+        return [[term(entry) for entry in entries] for entries in tokens]
+
+    def reduce_rows(self, slot: jax.Array, tokens: Sequence[Sequence[Term]]) -> None:
+        """The sums of the given terms, token by token."""
+        kind = self.problem.format
+
+        def value(term: Term, columns: Any, part: Any) -> list[jax.Array]:
+            word = self.refs.rows[slot, term.entry, columns]
+            if term.counted is not None:
+                word = jnp.where(term.counted, word, np.zeros((), word.dtype))
+            return decode(kind, word, 24 - 8 * part if term.shift is None else term.shift)
 
         def sums_of(part: Any) -> None:
             @plsc.parallel_loop(0, self.plan.chunk, self.work.lanes)
             def _(at: jax.Array) -> None:
                 columns = pl.ds(at, self.work.lanes)
                 sums = []
-                for token in range(problem.group):
-                    mine = range(token * problem.top_k, (token + 1) * problem.top_k)
-                    scales = None if factors is None else [factors[entry] for entry in mine]
-                    terms = [value(entry, columns, part) for entry in mine]
-                    sums.append(weighted_sum(terms, scales))
+                for terms in tokens:
+                    factors = [t.factor for t in terms if t.factor is not None]
+                    values = [value(term, columns, part) for term in terms]
+                    sums.append(weighted_sum(values, factors or None))
                 self.store(slot, part, columns, sums)
 
         if kind.parts == kind.together:

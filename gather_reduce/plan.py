@@ -39,6 +39,7 @@ class Problem:
       rows: name of the format of x, a key of `rows.FORMATS`.
       weighted: whether rows are multiplied by factors.
       narrow: whether the output is bfloat16, else float32.
+      ragged: whether most rows may not count, so that steps with few deserve code of their own.
       step_tokens: tokens of a step where the plan says how many, else 0.
     """
 
@@ -49,6 +50,7 @@ class Problem:
     rows: str
     weighted: bool
     narrow: bool
+    ragged: bool = False
     step_tokens: int = 0
 
     @property

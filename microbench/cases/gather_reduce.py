@@ -9,8 +9,9 @@ case says so.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,11 +223,12 @@ def plan(case: Case, chip: str) -> str:
 
 
 def figures(case: Case, report: Any) -> dict[str, float]:
-    """Bundles of the loop over columns, and of a whole call on one subcore."""
-    clean, masked = column_loops(report)
+    """Bundles of the loops over columns, and of a whole call on one subcore."""
+    loops = column_loops(report)
     return {
-        "bundles/vector": clean,
-        "bundles/vector, rows left out": masked,
+        "bundles/vector": loops.clean,
+        "where rows do not count": loops.masked,
+        "where 2 rows count": loops.few if loops.few is not None else float("nan"),
         "bundles/subcore": bundles(_shape(case), report),
     }
 
@@ -237,17 +239,36 @@ def subcores(report: Any) -> Any:
     return next(section for section in kernel.sections if section.name == "subcores")
 
 
-def column_loops(report: Any) -> tuple[int, int]:
-    """Bundles of the loop over columns, where every row counts and where some do not."""
-    masked, clean = subcores(report).loops[-2:]
-    return clean.bundles, masked.bundles
+class ColumnLoops(NamedTuple):
+    """Bundles of a pass through the loops over columns."""
+
+    clean: int  # where every row counts
+    masked: int  # where some do not
+    few: int | None  # where at most two per token do, of ragged calls
 
 
-def bundles(shape: Shape, report: Any) -> int:
-    """At most what a subcore issues.
+def column_loops(report: Any) -> ColumnLoops:
+    """The loops over columns; the first loop without transfers cleans the indices."""
+    _, *loops = (loop.bundles for loop in _innermost(report))
+    *few, clean, masked = sorted(loops)
+    return ColumnLoops(clean, masked, few[0] if few else None)
 
-    Everything outside the loops over columns and over indices is taken to be issued in every step,
-    both for rows that all count and for some that do not; ragged steps are all of the second kind.
+
+def _innermost(report: Any) -> list[Any]:
+    """Loops without transfers that have no other loop inside."""
+    loops = subcores(report).loops
+    return [
+        x
+        for x in loops
+        if not x.streams and not any(x.start <= y.start < x.end for y in loops if y is not x)
+    ]
+
+
+def bundles(shape: Shape, report: Any) -> float:
+    """At most what a subcore issues; expected, where chance decides which rows are valid.
+
+    Everything outside the loops over columns and over indices is taken to be issued in every step
+    for every part of a word that is decoded by itself, whatever its branch.
     """
     x, indices, *rest = shape.specs()
     weights = rest[0] if shape.weighted else None
@@ -257,9 +278,18 @@ def bundles(shape: Shape, report: Any) -> int:
     if chip.sparse is None:
         return 0
     work = work_of(problem, found, chip.sparse)
-    code, (clean, masked) = subcores(report), column_loops(report)
-    per_pass = masked if shape.devices_sharing > 1 else clean
-    once = code.bundles - sum(loop.bundles for loop in code.loops if not loop.streams)
+    code, loops = subcores(report), column_loops(report)
+    per_pass = float(loops.clean)
+    if loops.few is not None:
+        share = few_share(shape.top_k, 1 / shape.devices_sharing) ** problem.group
+        per_pass = share * loops.few + (1 - share) * loops.masked
+    once = code.bundles - sum(loop.bundles for loop in _innermost(report))
+    rounds = problem.format.parts // problem.format.together
     # One vector of columns is outside the loop, whose passes overlap.
-    passes = (found.chunk // chip.sparse.lanes - 1) * problem.format.parts
-    return work.steps * work.chunks * (once + passes // problem.format.together * per_pass)
+    passes = found.chunk // chip.sparse.lanes - 1
+    return work.steps * work.chunks * rounds * (once + passes * per_pass)
+
+
+def few_share(top_k: int, valid: float) -> float:
+    """How many tokens have at most two valid rows."""
+    return sum(math.comb(top_k, n) * valid**n * (1 - valid) ** (top_k - n) for n in range(3))

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec
 import fused_moe
 import gather_reduce
 from gather_reduce import PackedRows
+from tests.gather_reduce.oracle import FORMATS
 
 Spec, BF16 = jax.ShapeDtypeStruct, jnp.bfloat16
 SHAPES = (  # top_k, hidden size, output, whether weighted: every value of each with some of others
@@ -41,10 +42,11 @@ def call(rows, tokens, top_k, num_rows, hidden_size, *, out, weighted, ragged=Fa
     return fn, (x, Spec(size, jnp.int32), *weights, *valid)
 
 
-def matrix(chip, rows):
-    """All of SHAPES in one program."""
+def matrix(chip):
+    """All of SHAPES in all formats, in one program."""
     calls = [
         call(rows, 50, top_k, 512, hidden_size, out=out, weighted=weighted)
+        for rows in FORMATS
         for top_k, hidden_size, out, weighted in SHAPES
     ]
 

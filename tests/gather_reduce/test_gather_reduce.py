@@ -73,6 +73,18 @@ def test_windows_and_plans_do_not_change_a_bit(parts, timing, monkeypatch):
     check(shape, draw(shape, holes=0.02), plan=plan, timing=timing, seed=3)
 
 
+@pytest.mark.parametrize("rows", FORMATS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_tokens_with_few_valid_rows(chip, rows):
+    """None, one or two of them take a way of their own; so that both ways are taken here."""
+    shape = Shape(tokens=40, top_k=6, format=rows, chip=chip, weighted=rows != "float32")
+    check(shape, draw(shape, invalid=0.75))
+    ones = oracle.Data(**vars(draw(shape, invalid=0.5)))
+    ones.valid = np.eye(6, dtype=bool)[np.arange(40) % 6]
+    ones.indices[:] = np.abs(ones.indices)
+    check(shape, ones)
+
+
 SMALL = Shape(tokens=21, top_k=5, rows=33)
 
 

@@ -16,12 +16,13 @@ from tpukit.sparsecore.faults import SimulationError
 PACKED = Shape(tokens=70, top_k=5, rows=64, hidden_size=512)
 PLAIN = dataclasses.replace(PACKED, format="bfloat16", tokens=9)
 NARROW = dataclasses.replace(PACKED, format="packed float8_e4m3fn", tokens=9)
+SPARSE = dataclasses.replace(PACKED, tokens=33, top_k=6)
 TWO_PARTS = Plan("sparsecore", 2, 128)
 
 
 def passes(shape, used=None):
     """Whether the gate is green, with terms that do not count and NaN behind them."""
-    data = draw(shape, holes=0.1, invalid=0.1)
+    data = draw(shape, holes=0.1, invalid=0.8 if shape == SPARSE else 0.1)
     data.weights[0, 0] = 0
     data.indices[1, 1] = shape.rows + 5
     data.x[7] = float("nan")
@@ -33,7 +34,7 @@ def passes(shape, used=None):
     return True
 
 
-@pytest.mark.parametrize("shape", [PACKED, PLAIN, NARROW], ids=lambda s: s.format)
+@pytest.mark.parametrize("shape", [PACKED, PLAIN, NARROW, SPARSE], ids=str)
 def test_the_kernel_passes(shape):
     assert passes(shape)
     assert shape != PACKED or passes(shape, TWO_PARTS)
@@ -81,10 +82,20 @@ def sum_in_a_row(terms, factors):
     return [functools.reduce(jnp.add, part) for part in zip(*terms, strict=True)]
 
 
-def shifted(self, ref, group):
-    """`Walk.splats` of the entry before."""
-    found = good_splats(self, ref, group)
-    return [found[-1], *found[:-1]] if ref is self.refs.scales else found
+def of_the_next(self, ref, group, entry):
+    """`Walk.splat` that is off by one where it is of factors."""
+    return good_splat(self, ref, group, entry + (ref is self.refs.scales))
+
+
+def first_twice(self, group):
+    """`Walk.pairs` whose second entry is the first one."""
+    found, few = good_pairs(self, group)
+    return [[one, one] for one, _ in found], few
+
+
+def always_few(self, group):
+    """`Walk.pairs` that forgets what comes third."""
+    return good_pairs(self, group)[0], jnp.bool_(True)
 
 
 def truncated(first, second):
@@ -118,7 +129,8 @@ def more_teams(problem, used, sparse):
     return dataclasses.replace(work, chunks=work.chunks * used.parts)
 
 
-good_sum, good_splats, good_place = rows.weighted_sum, kernel.Walk.splats, kernel.Walk.place
+good_sum, good_place = rows.weighted_sum, kernel.Walk.place
+good_splat, good_pairs = kernel.Walk.splat, kernel.Walk.pairs
 good_walk, good_work, good_decode = kernel.Walk.walk, plan.work_of, rows.decode
 
 MUTANTS = {
@@ -129,7 +141,9 @@ MUTANTS = {
     "entries not cleaned": (kernel.Walk, "bring_entries", raw_entries, PACKED),
     "bfloat16 products": (kernel, "weighted_sum", bf16_products, PACKED),
     "another order of the sum": (kernel, "weighted_sum", sum_in_a_row, PACKED),
-    "factor of another row": (kernel.Walk, "splats", shifted, PACKED),
+    "factor of another row": (kernel.Walk, "splat", of_the_next, PACKED),
+    "one of two rows twice": (kernel.Walk, "pairs", first_twice, SPARSE),
+    "a third row forgotten": (kernel.Walk, "pairs", always_few, PACKED),
     "not rounded": (kernel, "as_pair", truncated, PACKED),
     "pairs swapped": (kernel, "as_pair", lambda a, b: rows.as_pair(b, a), PACKED),
     "halves swapped": (kernel, "decode", lambda *a: good_decode(*a)[::-1], PACKED),
