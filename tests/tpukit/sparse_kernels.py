@@ -368,6 +368,37 @@ def on_scalar_cores(x, ids):
     return pl.kernel(body, out_type=out, mesh=mesh, scratch_types=scratch, name="s")(x, ids)
 
 
+def on_both_kinds_of_cores(x, ids, signal=True):
+    """The scalar subcore brings rows to the shared memory; it tells the vector subcores."""
+    vector = plsc.VectorSubcoreMesh(
+        core_axis_name="core", subcore_axis_name="subcore", num_cores=1, num_subcores=2
+    )
+    scalar = plsc.ScalarSubcoreMesh(axis_name="core", num_cores=1)
+
+    def bring(x, ids, out, shared, told, brought, rows):
+        pltpu.async_copy(x.at[pl.ds(0, 2 * ROWS)], shared, brought).wait()
+        for subcore in range(2 if signal else 1):
+            pl.semaphore_signal(told, 1, device_id={"subcore": jnp.int32(subcore)})
+
+    def take(x, ids, out, shared, told, brought, rows):
+        mine = pl.ds(lax.axis_index("subcore") * ROWS, ROWS)
+        pl.semaphore_wait(told, 1)
+        pltpu.sync_copy(shared.at[mine], rows)
+        pltpu.sync_copy(rows, out.at[mine])
+
+    scratch = [
+        pltpu.VMEM_SHARED((2 * ROWS, WIDTH), F32),
+        pltpu.SemaphoreType.REGULAR @ vector,
+        pltpu.SemaphoreType.DMA @ scalar,
+        (pltpu.VMEM @ vector)((ROWS, WIDTH), F32),
+    ]
+    out = jax.ShapeDtypeStruct((2 * ROWS, WIDTH), F32)
+    meshes = [vector, scalar]
+    return pl.kernel([take, bring], out_type=out, mesh=meshes, scratch_types=scratch, name="b")(
+        x, ids
+    )
+
+
 def loads_from_hbm(x, ids):
     def body(me, x, ids, out, rows, mine, sem):
         rows[0, pl.ds(0, LANES)] = x[0, pl.ds(0, LANES)]

@@ -1,5 +1,7 @@
 """The SparseCore simulator: right kernels give right results, seeded faults are all caught."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,6 +66,17 @@ def test_scalar_subcores(chip):
     expected[[0, sparse_kernels.ROWS]] += 1
     found = sparsecore.simulate(sparse_kernels.on_scalar_cores, x, ids, chip=chip)
     np.testing.assert_array_equal(found.out, expected)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_scalar_and_vector_subcores_together(timing):
+    x, ids = sparse_kernels.arrays()
+    found = sparsecore.simulate(sparse_kernels.on_both_kinds_of_cores, x, ids, timing=timing)
+    np.testing.assert_array_equal(found.out, x[: 2 * sparse_kernels.ROWS])
+    assert len(found.kernels[0].cores) == 3
+    silent = functools.partial(sparse_kernels.on_both_kinds_of_cores, signal=False)
+    with pytest.raises(sparsecore.faults.DeadlockError, match="waits for scratch 1 to be 1"):
+        sparsecore.simulate(silent, x, ids, timing=timing)
 
 
 def test_the_program_around_kernels_is_evaluated():

@@ -63,6 +63,7 @@ class Run(Machine):
         self._most = 0
         self._cores: list[tuple[Core, Any]] = []
         self._scratch: dict[tuple[int, int], Buffer] = {}
+        self._foreign: dict[int, int] = {}
         self._barriers: dict[int, list[Core]] = {}
         self._passed: dict[int, int] = {}
         self._pipelines: dict[int, Any] = {}
@@ -171,11 +172,14 @@ class Run(Machine):
             if semaphore.count or semaphore.waiting:
                 raise NotAwaitedError(f"{semaphore.name} is not 0 where its scope ends")
 
-    def _scratch_of(self, core: Core, mesh: Any, number: int, aval: Any) -> Buffer | None:
-        """Scratch of a kernel: per core, per SparseCore where shared; None of another mesh."""
+    def _scratch_of(self, core: Core, mesh: Any, number: int, aval: Any) -> Buffer:
+        """Scratch of a kernel: per core, or per SparseCore; empty where it is another mesh's."""
         owner = getattr(aval.memory_space, "mesh", mesh)
         if owner != mesh and space_name(aval) != "shared":
-            return Buffer(f"scratch {number} of other cores", "elsewhere", np.empty(0))
+            nothing = np.empty(aval.inner_aval.shape, object)
+            foreign = Buffer(f"scratch {number} of other cores", "elsewhere", nothing)
+            self._foreign[id(foreign)] = number
+            return foreign
         shared = space_name(aval) == "shared"
         key = (number, -1 - sparse_core(core) if shared else core.number)
         if key not in self._scratch:
@@ -184,10 +188,11 @@ class Run(Machine):
 
     def elsewhere(self, core: Core, region: Region, place: Mapping[str, int]) -> Region:
         """The same scratch semaphore of the core at `place`."""
-        number = next((n for (n, _), b in self._scratch.items() if b is region.buffer), None)
+        numbers = {id(buffer): number for (number, _), buffer in self._scratch.items()}
+        number = (numbers | self._foreign).get(id(region.buffer), -1)
         wanted = {**core.place, **place}
         for other, _ in self._cores:
-            if number is not None and dict(other.place) == wanted:
+            if dict(other.place) == wanted and (number, other.number) in self._scratch:
                 return dataclasses.replace(region, buffer=self._scratch[number, other.number])
         raise SimulationError(f"there is no semaphore {region.buffer.name} at {wanted}")
 
