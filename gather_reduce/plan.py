@@ -181,7 +181,8 @@ def bundles(problem: Problem, plan: Plan, chip: Chip) -> int:
     parts = problem.format.parts
     slots = problem.entries * (per_row[problem.rows] + parts * (2 if problem.weighted else 1))
     streams = -(-problem.entries // sparse.lanes) * plan.chunk // LANES
-    step = STEP_BUNDLES + streams * STREAM_BUNDLES + vectors * -(-slots // 3)
+    per_vector = max(-(-slots // 3), problem.entries)  # three vector slots, one load slot
+    step = STEP_BUNDLES + streams * STREAM_BUNDLES + vectors * per_vector
     return -(-problem.num_groups // work.teams) * work.chunks * step
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import gather_reduce
 from gather_reduce.api import problem_of
+from gather_reduce.plan import bundles as model_bundles
 from gather_reduce.plan import plan_for, work_of
 from microbench.cases import gather_reduce as cases
 from tests.gather_reduce import targets
@@ -59,11 +60,26 @@ def report(name, **options):
     ],
     ids=lambda v: str(v),
 )
-def test_bundles_of_a_vector_of_columns(name, options, clean, masked):
+def test_bundles_of_a_vector_of_columns_and_what_the_cost_model_makes_of_it(
+    name, options, clean, masked
+):
     """For 16 rows; packed bfloat16 has two columns per word."""
     found = cases.column_loops(report(name, **options))
     assert 10 < found.clean <= clean and found.clean < found.masked <= masked
     assert found.few is None
+
+    shape = cases.Shape(2048, **{"top_k": 8, "rows": "packed bfloat16", **usual(options)})
+    x, indices, *rest = shape.specs()
+    problem = problem_of("test", x, indices, rest[0] if rest else None, None, None, None)
+    plan = plan_for(problem, chip(name), sparse_only=True).plan
+    counted = cases.bundles(shape, report(name, **options))
+    assert model_bundles(problem, plan, chip(name)) == pytest.approx(counted, rel=0.12)
+
+
+def usual(options):
+    """The parameters of a case for the options of a target."""
+    kept = {key: value for key, value in options.items() if key != "out"}
+    return {"hidden_size": 7168, "weighted": True, "devices_sharing": 1} | kept
 
 
 @pytest.mark.parametrize("name", gather_reduce.SUPPORTED_CHIPS)
