@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from gather_reduce import gradient
 from gather_reduce.adder import AdderWalk
+from gather_reduce.batching import batchable
 from gather_reduce.kernel import Walk, gather_reduce_kernel
 from gather_reduce.plan import (
     LANES,
@@ -46,6 +47,8 @@ def dense_gather_reduce(
     validate: bool = False,
 ) -> jax.Array:
     """Weighted sums of rows: out[t] = sum_k weights[t, k] * x[indices[t, k]].
+
+    Works under `jax.jit`, `shard_map` with its checks, and `vmap`, which makes one call of many.
 
     Products and sums are float32, in the order of `reference.gather_reduce.tree_sum`: neighbours
     in k first, the same for every token, whatever the batch. The result is rounded once.
@@ -293,16 +296,19 @@ def launch(
     padding = (-array.shape[0] % shared, problem.words - array.shape[1])
     if any(padding):
         array = jnp.pad(array, ((0, padding[0]), (0, padding[1])))
-    run = functools.partial(
-        gather_reduce_kernel,
-        problem=stepped(problem, plan, chip.sparse),
-        plan=plan,
-        sparse=chip.sparse,
-        walk=AdderWalk if plan.engine == "adder" else Walk,
-    )
+    sparse, walk = chip.sparse, AdderWalk if plan.engine == "adder" else Walk
+
+    def run(*operands: jax.Array, problem: Problem) -> jax.Array:
+        kernel = functools.partial(
+            gather_reduce_kernel,
+            problem=stepped(problem, plan, sparse),
+            plan=plan,
+            sparse=sparse,
+            walk=walk,
+        )
+        if chosen == "interpret":
+            return sparsecore.interpret(kernel, *operands, chip=chip.name)
+        return kernel(*operands)
+
     operands = (array, indices) if factors is None else (array, indices, factors)
-    if chosen == "interpret":
-        out = sparsecore.interpret(run, *operands, chip=chip.name)
-    else:
-        out = run(*operands)
-    return out[:, :hidden_size]
+    return batchable(run, problem, *operands)[:, :hidden_size]

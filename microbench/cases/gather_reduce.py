@@ -225,10 +225,11 @@ def plan(case: Case, chip: str) -> str:
 def figures(case: Case, report: Any) -> dict[str, float]:
     """Bundles of the loops over columns, and of a whole call on one subcore."""
     loops = column_loops(report)
+    few = {} if loops.few is None else {"where 2 rows count": loops.few}
     return {
         "bundles/vector": loops.clean,
         "where rows do not count": loops.masked,
-        "where 2 rows count": loops.few if loops.few is not None else float("nan"),
+        **few,
         "bundles/subcore": bundles(_shape(case), report),
     }
 

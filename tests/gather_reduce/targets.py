@@ -74,6 +74,12 @@ def on_devices(chip):
     return fn, args, {"mesh_axes": {"device": 4}, "in_specs": [rows] * 3}
 
 
+def many(chip):
+    """Three calls, batched by `jax.vmap`."""
+    local, args = call("bfloat16", 64, 8, 512, 512, out="bfloat16", weighted=True)
+    return jax.vmap(local), tuple(Spec((3, *x.shape), x.dtype) for x in args)
+
+
 def layer(chip, tokens=512):
     """A mixture-of-experts layer in its grouped form, which sums up with what is tested here."""
     hidden, inter, experts, top_k = 1024, 512, 8, 6

@@ -29,8 +29,9 @@ def test_everything_compiles(name, tmp_path):
     assert not found["kernels"]
 
 
-def test_compiles_inside_shard_map(tmp_path):
-    found = aot.compile_and_dump(f"{TARGETS}:on_devices", "tpu7x", tmp_path)
+@pytest.mark.parametrize("target", ["on_devices", "many"])
+def test_compiles_inside_shard_map_and_vmap(target, tmp_path):
+    found = aot.compile_and_dump(f"{TARGETS}:{target}", "tpu7x", tmp_path)
     assert len(found["sparse_kernels"]) == 1
 
 

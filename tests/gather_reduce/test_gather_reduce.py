@@ -270,3 +270,31 @@ def test_inside_shard_map_with_its_checks():
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
     found, right = (run(x, weights, way) for way in ("interpret", "reference"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, right)
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (None, 0, None), (0, None, 0)])
+def test_vmap_is_one_call_of_all(axes):
+    """Rows of one call are out of reach of the others; an odd number of them is padded."""
+    rng = np.random.default_rng(0)
+    given = [
+        jnp.asarray(rng.standard_normal((2, 33, 128)), jnp.bfloat16),
+        jnp.asarray(rng.integers(-1, 40, (2, 6, 3)), jnp.int32),
+        jnp.asarray(rng.standard_normal((2, 6, 3)), jnp.float32),
+    ]
+    given = [x if axis == 0 else x[0] for x, axis in zip(given, axes, strict=True)]
+
+    def call(implementation):
+        def one(x, indices, weights):
+            options = {"out_dtype": jnp.float32, "implementation": implementation}
+            return gather_reduce.dense_gather_reduce(x, indices, weights, **options)
+
+        def loss(x, indices, weights):
+            out = jax.vmap(one, in_axes=axes)(x, indices, weights)
+            return jnp.sum(out**2), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
+
+    found, right = (call(way)(*given) for way in ("interpret", "reference"))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=1e-2 if a.shape[-1:] == (128,) else 1e-4, atol=1e-4)

@@ -64,7 +64,7 @@ def simulate(
 
 
 def interpret(fn: Callable[..., Any], *args: Any, chip: str = "tpu7x") -> Any:
-    """The results of `simulate` alone; works under `jax.jit` and `jax.shard_map` as well."""
+    """The results of `simulate` alone; works under `jax.jit`, `vmap` and `shard_map` as well."""
     entry = chips.chip(chip)
     closed, shapes = traced(fn, args, entry)
 
@@ -73,7 +73,7 @@ def interpret(fn: Callable[..., Any], *args: Any, chip: str = "tpu7x") -> Any:
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
     leaves = jax.tree.leaves(args)
-    out = jax.pure_callback(run, shapes, *leaves)
+    out = jax.pure_callback(run, shapes, *leaves, vmap_method="sequential")
     axes = tuple(manual_axes(*leaves).varying)  # of which a callback's results know nothing
     return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), out) if axes else out
 

@@ -258,7 +258,9 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], kernel: Run
     for eqn in jaxpr.eqns:
         operands = [np.asarray(read(atom)) for atom in eqn.invars]
         name = eqn.primitive.name
-        inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params), None)
+        inner = next(
+            (eqn.params[k] for k in ("jaxpr", "call_jaxpr", "call") if k in eqn.params), None
+        )
         if name == KERNEL:
             results = kernel(eqn, operands)
         elif inner is not None:
