@@ -133,7 +133,7 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
     chosen, target = choose(implementation, problem, plan)
     batch = call.batch()
     q, scales = call.scaled_queries(batch)
-    if chosen == "reference":
+    if chosen == "reference" or not (problem.num_tokens and problem.num_requests):
         return by_reference(call, problem, batch, q, scales)
     options = {"plan": plan_for(problem, target, plan).plan, "chip": target}
     options["interpret"] = pltpu.InterpretParams() if chosen == "interpret" else False
@@ -263,7 +263,7 @@ def by_reference(
     """The specification, on the cache unpacked."""
     cache = call.cache
     keys, values = cache.unpack()
-    if problem.update:
+    if problem.update and problem.num_tokens and problem.num_requests:
         k, v = call.quantised()
         keys = reference.write(keys, k, batch)
         values = (
@@ -290,10 +290,6 @@ def launch(
 ) -> Attention:
     """Brings the arguments into the kernel's layout and runs it."""
     layout, tokens, plan = problem.layout, problem.num_tokens, options["plan"]
-    if not tokens:
-        lse = jnp.zeros((0, problem.q_heads), jnp.float32) if problem.lse else None
-        o = jnp.zeros((0, problem.q_heads, layout.value_dim), q.dtype)
-        return Attention(o, call.cache, lse)
     rows = (
         round_up(problem.num_indices, LANES) // LANES + plan.keys // layout.page_size // LANES + 2
     )

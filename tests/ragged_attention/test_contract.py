@@ -277,8 +277,9 @@ def test_no_tokens(implementation):
     assert oracle.same_bits(found.cache.words, GOOD["cache"].words)
 
 
+@pytest.mark.parametrize("implementation", ["interpret", "reference"])
 @pytest.mark.parametrize("table", [False, True])
-def test_no_requests(table):
+def test_no_requests(implementation, table):
     pages = (jnp.zeros((0, 4), jnp.int32), None) if table else (ints(), ints(0))
     found = call(
         kv_lens=ints(),
@@ -286,6 +287,7 @@ def test_no_requests(table):
         page_indices=pages[0],
         page_offsets=pages[1],
         return_lse=True,
+        implementation=implementation,
     )
     assert found.o.shape == (8, 4, 128) and not np.asarray(found.o).any()
     assert np.isneginf(found.lse).all()
