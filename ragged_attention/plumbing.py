@@ -31,6 +31,7 @@ from ragged_attention.schedule import (
 Ref = Any
 LANE_BITS = LANES.bit_length() - 1
 UNROLL = 4  # pages whose transfers are started together: scalar code has long latencies
+JOINED = 64  # tokens of a page up to which adjacent pages are worth looking for
 FRESH_ABOVE = 2  # groups of a buffer of fresh rows above the first that is fetched
 
 
@@ -225,7 +226,7 @@ class Plumbing:
             self.fetch_tile(record, self.tile(index))
 
     def fetch_tile(self, record: Noted, slot: jax.Array) -> None:
-        """Starts to fetch a tile."""
+        """Starts to fetch a tile; small pages that are adjacent move together."""
         if self.problem.update:
             self.await_store(slot)
         self.indices(record.slot, record.page, lambda copy: copy.wait())
@@ -236,22 +237,34 @@ class Plumbing:
 
         page_at = self.pages_of(record)
 
-        def fetch(place: Any, count: Any) -> jax.Array:
-            """Starts to fetch `count` rows of a page."""
-            page = page_at(place)
+        def fetch(place: Any, page: jax.Array, count: Any) -> None:
+            """Starts to fetch rows from a page on."""
             source = (self.hbm.cache, jnp.maximum(page, 0) * size)
             self.move(source, (tile, place * size), count, sem)
-            return page
+
+        def separately(i: jax.Array, pages: list[jax.Array]) -> None:
+            for j, page in enumerate(pages):
+                fetch(i * UNROLL + j, page, size)
 
         def whole(i: jax.Array, signs: jax.Array) -> jax.Array:
-            pages = (fetch(i * UNROLL + j, size) for j in range(UNROLL))
+            pages = [page_at(i * UNROLL + j) for j in range(UNROLL)]
+            if self.layout.page_size > JOINED:
+                separately(i, pages)
+                return functools.reduce(jnp.bitwise_or, pages, signs)
+            apart = [page ^ (pages[0] + j) for j, page in enumerate(pages)]
+            adjacent = (functools.reduce(jnp.bitwise_or, apart) == 0) & (pages[0] >= 0)
+
+            # Loops of no or one pass: conditions this small become predicates, which save nothing.
+            repeat(adjacent.astype(jnp.int32), lambda _: fetch(i * UNROLL, pages[0], UNROLL * size))
+            repeat((~adjacent).astype(jnp.int32), lambda _: separately(i, pages))
             return functools.reduce(jnp.bitwise_or, pages, signs)
 
         def last(i: jax.Array, signs: jax.Array) -> jax.Array:
             for j in range(UNROLL):
                 place = i * UNROLL + j
-                count = jnp.clip(rows - place * size, 0, size)
-                signs |= jnp.where(count > 0, fetch(place, count), 0)
+                page, count = page_at(place), jnp.clip(rows - place * size, 0, size)
+                fetch(place, page, count)
+                signs |= jnp.where(count > 0, page, 0)
             return signs
 
         step = (UNROLL * size).bit_length() - 1

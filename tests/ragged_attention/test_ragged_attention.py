@@ -212,6 +212,14 @@ def test_a_tile_is_not_all_of_a_context():
     check_gates(batch, run(batch))
 
 
+def test_adjacent_pages():
+    """Pages in order, but for one: some groups of them move together, some do not."""
+    batch = random_batch(17, [700, 1300, 520], [1, 3, 30], num_pages=200, indices=180)
+    batch.pages[:160] = np.arange(20, 180)
+    batch.pages[50] = 3
+    check_gates(batch, run(batch))
+
+
 def test_a_window_skips_pages():
     batch = random_batch(
         3, [1300, 1200], [1, 20], num_pages=200, indices=180, window=np.array([30, 100], np.int32)
