@@ -168,11 +168,12 @@ def context_parallel_attention(
     """
     checks.check_range(_WHERE, "keys_per_device", keys_per_device, low=1)
     checks.check_choice(_WHERE, "sinks", options.get("sinks"), (None,))
-    q_lens = jnp.diff(lax.cummax(jnp.clip(cu_q_lens, 0, q.shape[0])))
+    bounds = lax.cummax(jnp.clip(cu_q_lens, 0, q.shape[0]))
     before = lax.axis_index(axis_name) * keys_per_device
+    starts = kv_lens - (bounds[1:] - bounds[:-1]) - before
     here = ragged_paged_attention(
         q, k, v, cache, jnp.clip(kv_lens - before, 0, keys_per_device), cu_q_lens, page_indices,
-        page_offsets, num_requests, query_starts=kv_lens - q_lens - before, **options,
+        page_offsets, num_requests, query_starts=starts, **options,
         return_lse=True,
     )  # fmt: skip
     top = lax.pmax(here.lse, axis_name)
