@@ -1,0 +1,205 @@
+"""The real TPU compiler accepts every option and shape, for every chip; and what it makes of them."""
+
+# ruff: noqa: E501  (a row of a table is a line)
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import ragged_attention as ra
+from microbench.cases import ragged_attention as cases
+from ragged_attention import plan
+from tpukit import aot, chips
+from tpukit.predict import predict
+
+V5E, V5P, V6E, V7 = "v5e", "v5p", "v6e", "tpu7x"
+BF16, F32 = jnp.bfloat16, jnp.float32
+SECONDS = 60  # to trace and compile a kernel, on a machine that others use as well
+BUNDLES = 1000  # of a request of 100 tokens that decodes
+MXU, SPILLS = 75, 80  # % of bundles of the widest tile of 64 heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A call: heads, widths, types, pages and options."""
+
+    q_heads: int = 8
+    kv_heads: int = 1
+    key_dim: int = 128
+    value_dim: int = 0  # key_dim unless given
+    dtype: jnp.dtype = BF16
+    cache: str = "bfloat16"
+    page_size: int = 128
+    tokens: int = 16
+    requests: int = 16
+    pages: int = 64  # of a request
+    latent: bool = False
+    update: bool = True
+    table: bool = False
+    mask: str = ""  # of "full", "window", "windows", "tree"
+    sinks: bool = False
+    placed: bool = False
+    scales: str = ""  # of "one", "heads", "tokens"
+    options: tuple[tuple[str, float | bool], ...] = ()
+
+    def call(self):
+        """The jitted function, and shapes for it."""
+        tokens, n, heads = self.tokens, self.requests, self.q_heads
+        value_dim = self.value_dim or self.key_dim
+        dims = (self.kv_heads, self.key_dim, value_dim)
+        layout = ra.CacheLayout(*dims, self.cache, self.page_size, self.latent)
+
+        def array(*shape, dtype=jnp.int32):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        rows = [array(tokens, self.kv_heads, d, dtype=self.dtype) for d in dims[1:]]
+        rows[1] = None if self.latent else rows[1]
+        pool = array(n * self.pages * layout.page_rows, layout.width)
+        pages = array(n, self.pages) if self.table else array(n * self.pages)
+        steering = (array(n), array(n + 1), pages, None if self.table else array(n + 1))
+        named = {"num_requests": array()}
+        named |= {"ancestors": array(tokens, 2, dtype=jnp.uint32)} if self.mask == "tree" else {}
+        named |= {"window": array(n)} if self.mask == "windows" else {}
+        named |= {"sinks": array(heads, dtype=F32)} if self.sinks else {}
+        named |= {"query_starts": array(n)} if self.placed else {}
+        if self.scales:
+            wide = {"one": (), "heads": (self.kv_heads,), "tokens": ()}[self.scales]
+            own = {"one": (), "heads": (heads,), "tokens": (tokens, heads)}[self.scales]
+            shapes = {"q_scale": own, "k_scale": wide, "v_scale": wide}
+            named |= {name: array(*shape, dtype=F32) for name, shape in shapes.items()}
+        fixed = dict(self.options) | {"causal": self.mask != "full"}
+        fixed |= {"window": 1024} if self.mask == "window" else {}
+
+        def fn(q, k, v, words, kv_lens, cu_q_lens, pages, offsets, named):
+            new = (k, v) if self.update else (None, None)
+            cache = ra.KVCache(words, layout)
+            steering = (kv_lens, cu_q_lens, pages, offsets)
+            options = {**named, **fixed, "implementation": "pallas"}
+            found = ra.ragged_paged_attention(q, *new, cache, *steering, **options)
+            return found.o, found.cache.words, found.lse
+
+        q = array(tokens, heads, self.key_dim, dtype=self.dtype)
+        return jax.jit(fn, donate_argnums=3), (q, *rows, pool, *steering, named)
+
+
+LATENT = {"key_dim": 576, "value_dim": 512, "latent": True}
+MANY = {"tokens": 64, "requests": 4}
+F8, F8W, I8, W32 = "float8_e4m3fn", "float8_e5m2", "int8", "float32"
+
+# Heads, widths, types of the cache, page sizes and options, each with every other in some pair, in
+# the smallest batches that have them; the largest are the cases of the benchmark, below.
+MATRIX = {
+    # decode
+    "8/1 heads": ((V5E, V5P, V6E, V7), Shape()),
+    "16/4 heads, page 16, lse": ((V7,), Shape(16, 4, page_size=16, options=(("return_lse", True),))),
+    "MQA, 5 heads, page 8": ((V6E,), Shape(5, 1, page_size=8)),
+    "one head, page 256, table": ((V5E,), Shape(1, 1, page_size=256, table=True)),
+    "7 per head, windows": ((V7,), Shape(7, 1, mask="windows")),
+    "float8, soft cap": ((V6E,), Shape(cache=F8, options=(("soft_cap", 30.0),))),
+    "float8 e5m2, page 64, sinks": ((V5E,), Shape(cache=F8W, page_size=64, sinks=True)),
+    "int8, scales": ((V7,), Shape(8, 2, cache=I8, scales="heads")),
+    "f32 cache, page 8": ((V6E,), Shape(4, 1, cache=W32, page_size=8)),
+    "f32, page 32": ((V7,), Shape(4, 1, dtype=F32, cache=W32, page_size=32)),
+    "f32 over bf16, scale": ((V5E,), Shape(2, 1, dtype=F32, scales="one")),
+    "dim 64, sinks, window": ((V7,), Shape(8, 2, 64, sinks=True, mask="window")),
+    "dim 64, one head": ((V5E,), Shape(8, 1, 64, page_size=32)),
+    "dim 80, 5 heads": ((V6E,), Shape(5, 5, 80, page_size=32)),
+    "dim 96, scales of tokens": ((V7,), Shape(4, 2, 96, scales="tokens")),
+    "dim 112, page 64": ((V5E,), Shape(4, 2, 112, page_size=64)),
+    "dim 192, update off": ((V6E,), Shape(4, 1, 192, update=False)),
+    "dim 256, float8, page 16": ((V7,), Shape(4, 2, 256, cache=F8, page_size=16)),
+    "dims 192 and 128": ((V7,), Shape(4, 2, 192, 128)),
+    "dims 64 and 256": ((V6E,), Shape(4, 2, 64, 256, page_size=16)),
+    "latent, page 64": ((V6E,), Shape(8, **LATENT, page_size=64)),
+    "latent, float8, lse": ((V7,), Shape(4, **LATENT, cache=F8, options=(("return_lse", True),))),
+    "latent 192/128": ((V5E,), Shape(8, key_dim=192, value_dim=128, latent=True, page_size=16)),
+    "query starts, lse": ((V5E, V6E), Shape(placed=True, options=(("return_lse", True),))),
+    "checks of transfers off": ((V7,), Shape(options=(("bounds_checks", False),))),
+    # many query tokens in a block
+    "chunks": ((V5E,), Shape(8, 2, **MANY)),
+    "chunks, not causal, float8": ((V7,), Shape(4, 1, **MANY, mask="full", cache=F8)),
+    "chunks, dim 64, sinks": ((V6E,), Shape(4, 2, 64, **MANY, sinks=True)),
+    "chunks, dim 256, soft cap": ((V5E,), Shape(2, 1, 256, **MANY, options=(("soft_cap", 50.0),))),
+    "chunks, dim 80, windows, page 8": ((V7,), Shape(4, 2, 80, **MANY, mask="windows", page_size=8)),
+    "chunks, f32, lse": ((V6E,), Shape(1, 1, dtype=F32, cache=W32, **MANY, options=(("return_lse", True),))),
+    "chunks, update off, int8": ((V5E,), Shape(4, 1, **MANY, update=False, cache=I8)),
+    "chunks, query starts, temperature": ((V7,), Shape(4, 1, **MANY, placed=True, options=(("temperature_len", 8192),))),
+    # lengths
+    "one token": ((V5E, V7), Shape(tokens=1, requests=1)),
+    "odd numbers": ((V6E,), Shape(4, tokens=37, requests=5, pages=3)),
+    "256 requests of 262,144": ((V7,), Shape(tokens=256, requests=256, pages=2048, cache=F8)),
+    "4 requests of 1,048,576, page 16": ((V7, V5E), Shape(tokens=4, requests=4, pages=65536, page_size=16)),
+}  # fmt: skip
+PAIRS = [(name, chip) for name, (chips, _) in MATRIX.items() for chip in chips]
+
+
+@pytest.mark.parametrize(("name", "chip"), PAIRS)
+def test_the_matrix_compiles(name, chip):
+    fn, args = MATRIX[name][1].call()
+    compiled = aot.compile_for(fn, *args, chip=chip)
+    assert compiled.kernels == ("ragged_attention.1",)
+    assert compiled.lower_seconds + compiled.compile_seconds < SECONDS
+
+
+def test_the_matrix_has_every_kind():
+    shapes = [shape for _, shape in MATRIX.values()]
+    assert {chip for _, chip in PAIRS} == set(ra.SUPPORTED_CHIPS)
+    assert {shape.cache for shape in shapes} == set(plan.CACHE_DTYPES)
+    assert {shape.page_size for shape in shapes} == set(plan.PAGE_SIZES)
+    assert {64, 80, 96, 112, 128, 192, 256} <= {shape.key_dim for shape in shapes}
+
+
+BY_NAME = {case.name: case for case in cases.CASES}
+PRODUCTION = [  # other cases are these with other lengths
+    *((name, V7) for name in ("decode/2k", "decode/float8", "decode/page-16", "prefill/8k")),
+    *((name, V7) for name in ("mla/4k", "mla/8k", "mla/8k-float8")),
+    ("drafts/causal", V7),
+]
+
+
+@pytest.mark.parametrize(("name", "chip"), PRODUCTION)
+def test_production_shapes_compile_with_default_plans(name, chip):
+    target, arguments = cases.aot_target(BY_NAME[name])
+    assert target.endswith(":build")
+    fn, args = cases.build(chip, **arguments)
+    compiled = aot.compile_for(fn, *args, chip=chip)
+    assert compiled.kernels == ("ragged_attention.1",)
+    assert compiled.lower_seconds + compiled.compile_seconds < SECONDS
+    pool = args[3].shape[0] * args[3].shape[1] * 4
+    rows = sum(x.size * 2 for x in args[:3] if x is not None)
+    assert compiled.temp_bytes < pool / 8 + rows  # the cache is not copied
+
+
+def test_64_heads_of_2048_tokens_compile():
+    """Products fill most matrix slots; a register that is spilled costs a store, counted too."""
+    case = BY_NAME["prefill/2k"]
+    target, arguments = cases.aot_target(case)
+    report = aot.static_report(target, V7, **arguments)
+    figures = cases.figures(case, report)
+    assert figures["block queries"] >= 128 and figures["tile keys"] >= 1024
+    assert figures["tile MXU %"] >= MXU
+    assert figures["tile spills/bundle %"] <= SPILLS
+    assert report.kernel("ragged_attention").vmem_bytes <= chips.chip(V7).vmem_bytes
+
+
+def test_a_short_request_takes_few_bundles():
+    """Issued for 128 requests of 100 tokens, the kernel's beginning and end included."""
+    fn, args = cases.steered(BY_NAME["decode/100"], 0)
+    kernel = predict(fn, *args, chip=V7).kernels[0]
+    assert 100 < kernel.bundles / 128 <= BUNDLES
+
+
+def test_what_is_read_from_hbm_does_not_grow_smem():
+    few, many = (
+        aot.static_report("tests.ragged_attention.test_aot:long", V7, pages=n).kernels[0].smem_bytes
+        for n in (1024, 65536)
+    )
+    assert many <= few + 4096
+
+
+def long(chip, pages):
+    """Requests with so many pages each."""
+    del chip
+    return Shape(1, 1, tokens=4, requests=128, pages=pages, page_size=16).call()
