@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -176,9 +176,10 @@ def context_parallel_attention(
         page_offsets, num_requests, query_starts=starts, **options,
         return_lse=True,
     )  # fmt: skip
-    top = lax.pmax(here.lse, axis_name)
+    lse = cast(jax.Array, here.lse)
+    top = lax.pmax(lse, axis_name)
     base = jnp.where(jnp.isneginf(top), 0.0, top)
-    weight = jnp.exp(here.lse - base)
+    weight = jnp.exp(lse - base)
     total = lax.psum(weight, axis_name)
     o = jnp.where(weight[..., None] > 0, weight[..., None] * here.o.astype(jnp.float32), 0)
     o = lax.psum(o, axis_name) / jnp.where(total == 0, 1, total)[..., None]
