@@ -110,8 +110,8 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
 
     Returns:
       An `Attention`; 0 for tokens of no request and queries that see nothing. Pages that are not in
-      the pool or not listed read as zeros and are not written. Where new rows are written, the rest
-      of their group of 8 rows of words, behind the request's last key, becomes 0.
+      the pool read as zeros and are not written; keys behind the listed pages are not there. Where
+      new rows are written, the rest of their group of 8 rows of words becomes 0.
 
     Raises:
       ArgumentError: an argument that can never work: what it was, what it needs.
@@ -133,7 +133,8 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
     chosen, target = choose(implementation, problem, plan)
     batch = call.batch()
     q, scales = call.scaled_queries(batch)
-    if chosen == "reference" or not (problem.num_tokens and problem.num_requests):
+    sizes = (problem.num_tokens, problem.num_requests, problem.num_pages)
+    if chosen == "reference" or not all(sizes):
         return by_reference(call, problem, batch, q, scales)
     options = {"plan": plan_for(problem, target, plan).plan, "chip": target}
     options["interpret"] = pltpu.InterpretParams() if chosen == "interpret" else False
@@ -263,7 +264,7 @@ def by_reference(
     """The specification, on the cache unpacked."""
     cache = call.cache
     keys, values = cache.unpack()
-    if problem.update and problem.num_tokens and problem.num_requests:
+    if problem.update and problem.num_tokens and problem.num_requests and problem.num_pages:
         k, v = call.quantised()
         keys = reference.write(keys, k, batch)
         values = (

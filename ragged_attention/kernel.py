@@ -24,11 +24,11 @@ from ragged_attention.flash import UNSEEN, iota
 from ragged_attention.layout import LANES
 from ragged_attention.plan import (
     MANY,
+    VMEM_LEFT,
     Plan,
     Problem,
     Style,
     style_of,
-    vmem_allowed,
 )
 from ragged_attention.plumbing import Operands, Scratch, repeat
 from ragged_attention.schedule import END, FENCE, FIRST, LAST, Batch, Noted
@@ -274,9 +274,8 @@ class Pass(Blocks):
         if self.problem.causal:
             before = key <= query
             if self.problem.tree:
-                before = jnp.where(
-                    record.is_tree == 1, self.ancestor(record, style, rows, key), before
-                )
+                drafts = record.is_tree == 1
+                before = (before & ~drafts) | (self.ancestor(record, style, rows, key) & drafts)
             seen &= before
         if self.problem.windowed:
             seen &= (key > query - record.window) | (record.window == 0)
@@ -380,7 +379,7 @@ def ragged_attention_kernel(
         input_output_aliases={len(batch) + names.index("cache"): len(outputs) - 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=vmem_allowed(problem, plan, chip),
+            vmem_limit_bytes=chip.vmem_bytes - VMEM_LEFT,
             disable_bounds_checks=not bounds_checks,
         ),
         interpret=interpret,

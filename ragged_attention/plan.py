@@ -26,6 +26,7 @@ STRIP_ROWS = 256  # rows of logits that are computed together
 TILE_BYTES = 8 * 2**20  # longest tile worth having
 TILES_BYTES = 32 * 2**20  # more in flight does not hide more
 RESIDENT_PAGES = 2**16  # longest list of pages that is kept in SMEM
+VMEM_LEFT = 2 * 2**20  # of a core's VMEM, for everything but this kernel
 SMEM_WORDS = 2**16  # for the description of the batch, of the 2**18 of every chip
 
 
@@ -221,8 +222,8 @@ def vmem_bytes(problem: Problem, plan: Plan, chip: Chip) -> int:
     return sum(padded(*buffer) for buffer in buffers(problem, plan, chip.mxu_side).values())
 
 
-def vmem_allowed(problem: Problem, plan: Plan, chip: Chip) -> int:
-    """Bytes to ask the compiler for: the buffers, and room for the logits and what is spilled."""
+def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
+    """Bytes that the kernel may need: the buffers, and room for logits and what is spilled."""
     strip = min(STRIP_ROWS, max(8, plan.queries * problem.group))
     values = strip * plan.keys * 4 * 4 + plan.keys * problem.layout.width * 2
     dim = round_up(max(problem.layout.key_dim, problem.layout.value_dim), LANES)
@@ -264,8 +265,8 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
             refuse(field, "a power of two, at least 2")
     if plan.blocks > plan.tiles:
         refuse("blocks", f"at most plan.tiles = {plan.tiles}")
-    needed = vmem_allowed(problem, plan, chip)
-    if needed > chip.vmem_bytes:
+    needed = vmem_needed(problem, plan, chip)
+    if needed > chip.vmem_bytes - VMEM_LEFT:
         raise UnsupportedError(
             where="ragged_attention",
             what=f"plan {plan} with {needed / 2**20:.1f} MiB of VMEM",

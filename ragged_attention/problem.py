@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ragged_attention.layout import KVCache
 from ragged_attention.plan import CACHE_DTYPES, DTYPES, PAGE_SIZES, Problem
@@ -188,6 +189,8 @@ def check_layout(cache: KVCache) -> None:
 def check_new_rows(call: Call, dims: checks.Dims) -> None:
     """Checks the new keys and values."""
     layout = call.cache.layout
+    if layout.latent and call.v is not None:
+        refuse("v", "is given", "None where the keys of a latent cache hold the values")
     given = {"k": call.k} if layout.latent else {"k": call.k, "v": call.v}
     if all(x is None for x in given.values()):
         return
@@ -206,11 +209,7 @@ def check_new_rows(call: Call, dims: checks.Dims) -> None:
 def check_options(call: Call, dims: checks.Dims) -> None:
     """Checks the options."""
     heads = call.cache.layout.kv_heads
-    if call.window is not None and jnp.ndim(call.window):
-        dims.bind("window", call.window, "requests")
-        checks.check_dtype(WHERE, "window", call.window, (jnp.int32,))
-    elif call.window is not None and isinstance(call.window, int):
-        checks.check_range(WHERE, "window", call.window, low=1)
+    check_window(call, dims)
     if call.ancestors is not None:
         dims.bind("ancestors", call.ancestors, "tokens _")
         checks.check_dtype(WHERE, "ancestors", call.ancestors, (jnp.uint32,))
@@ -234,6 +233,20 @@ def check_options(call: Call, dims: checks.Dims) -> None:
     if call.temperature_len is not None:
         checks.check_range(WHERE, "temperature_len", call.temperature_len, low=2)
     check_scale_shapes(call, dims, heads)
+
+
+def check_window(call: Call, dims: checks.Dims) -> None:
+    """Checks the windows and the number of requests."""
+    if call.window is not None and jnp.ndim(call.window):
+        dims.bind("window", call.window, "requests")
+        checks.check_dtype(WHERE, "window", call.window, (jnp.int32,))
+    elif call.window is not None and not isinstance(call.window, jax.Array | np.integer):
+        if isinstance(call.window, bool) or not isinstance(call.window, int):
+            refuse("window", f"is {call.window!r}", "an integer of at least 1, or an int32 array")
+        checks.check_range(WHERE, "window", call.window, low=1)
+    count = call.num_requests
+    if count is not None and (jnp.ndim(count) or jnp.result_type(count).kind not in "iu"):
+        refuse("num_requests", f"is {count!r}", "one integer")
 
 
 def check_scale_shapes(call: Call, dims: checks.Dims, heads: int) -> None:

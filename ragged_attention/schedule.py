@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from reference.ragged_attention import TREE_TOKENS
+from reference.ragged_attention import MAX_KV_LEN, TREE_TOKENS
 
 Ref = Any
 GROUP_ROWS = 8  # rows of words that a DMA moves at once
@@ -124,7 +124,7 @@ class Request(NamedTuple):
 
     number: jax.Array  # of the request, 0 where there is none
     end: jax.Array
-    kv_len: jax.Array  # 0 where there is no request
+    kv_len: jax.Array  # keys that have a listed page; 0 where there is no request
     first: jax.Array  # position of its first query token
     window: jax.Array
     long: jax.Array  # its new rows are written by records of their own
@@ -175,7 +175,7 @@ class Walk(NamedTuple):
         number = select(is_request, at.segment - 1, 0)
         bound = jnp.minimum(self.batch.cu_q_lens[select(behind, 0, at.segment)], limits.num_tokens)
         end = jnp.maximum(select(behind, limits.num_tokens, bound), at.begin)
-        kv_len = select(is_request, jnp.maximum(self.batch.kv_lens[number], 0), 0)
+        kv_len = select(is_request, jnp.clip(self.batch.kv_lens[number], 0, MAX_KV_LEN), 0)
         window = jnp.int32(0)
         if limits.windowed:
             window = select(is_request, jnp.maximum(self.batch.windows[number], 0), 0)
@@ -184,6 +184,8 @@ class Walk(NamedTuple):
         if limits.placed:
             first = select(is_request, self.batch.query_starts[number], 0)
             kv_len = jnp.clip(kv_len, 0, jnp.maximum(first + length, 0))
+        begin_page, end_page = self.pages(number)
+        kv_len = jnp.minimum(kv_len, jnp.maximum(end_page - begin_page, 0) * limits.page_size)
         long = (length > limits.block) & (kv_len > jnp.maximum(first, 0))
         return Request(number, end, kv_len, first, window, long)
 
@@ -199,11 +201,16 @@ class Walk(NamedTuple):
             end = jnp.clip(position + limits.block, 0, request.kv_len)
         return begin, end
 
+    def pages(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where a request's pages begin and end in the list."""
+        bounds = (self.batch.page_offsets[number + i] for i in range(2))
+        begin, end = (jnp.clip(bound, 0, self.limits.num_indices) for bound in bounds)
+        return begin, end
+
     def common(self, at: Cursor, request: Request, key: jax.Array) -> dict[str, Any]:
         """Fields that all records of a request have in common."""
-        offsets, limits = self.batch.page_offsets, self.limits
-        begin = jnp.clip(offsets[request.number], 0, limits.num_indices)
-        end = jnp.clip(offsets[request.number + 1], 0, limits.num_indices)
+        limits = self.limits
+        begin, end = self.pages(request.number)
         place = begin + (key >> (limits.page_size.bit_length() - 1))
         return {
             "first": request.first,

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+MAX_KV_LEN = 2**30  # longer requests are cut
 TREE_TOKENS = 64  # a request of at most so many query tokens may have a tree mask
 
 
@@ -88,12 +89,24 @@ def tokens_of(batch: Batch, num_tokens: int) -> Tokens:
         padded = jnp.concatenate([values, jnp.zeros(1, values.dtype)])
         return padded[owner]
 
-    kv_len, begin, q_len = of(jnp.maximum(batch.kv_lens, 0)), of(cu[:-1]), of(cu[1:] - cu[:-1])
+    kv_len, begin, q_len = (
+        of(jnp.clip(batch.kv_lens, 0, MAX_KV_LEN)),
+        of(cu[:-1]),
+        of(cu[1:] - cu[:-1]),
+    )
     first = kv_len - q_len
     if batch.query_starts is not None:
         first = of(batch.query_starts)
         kv_len = jnp.clip(kv_len, 0, jnp.maximum(first + q_len, 0))
     return Tokens(owner, first + token - begin, first, kv_len, q_len)
+
+
+def listed_only(tokens: Tokens, batch: Batch, page_size: int) -> Tokens:
+    """The tokens with only such keys as have a listed page."""
+    bounds = jnp.clip(batch.page_offsets, 0, batch.page_indices.shape[0])
+    listed = jnp.maximum(bounds[1:] - bounds[:-1], 0) * page_size
+    listed = jnp.concatenate([listed, jnp.zeros(1, listed.dtype)])[tokens.request]
+    return tokens._replace(kv_len=jnp.minimum(tokens.kv_len, listed))
 
 
 def page_of(batch: Batch, request: jax.Array, position: jax.Array, page_size: int) -> jax.Array:
@@ -203,7 +216,7 @@ def attend(
     num_pages, page_size, kv_heads, value_dim = v_pages.shape
     longest = batch.page_indices.shape[0] * page_size
     longest = longest if max_kv_len is None else min(longest, max_kv_len)
-    tokens = tokens_of(batch, num_tokens)
+    tokens = listed_only(tokens_of(batch, num_tokens), batch, page_size)
     requests = batch.kv_lens.shape[0]
     if not (num_tokens and longest and requests and num_pages):
         lse = jnp.full((num_tokens, q_heads), -jnp.inf) if sinks is None else sinks

@@ -214,7 +214,9 @@ def exact(batch: Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         position = batch.kv_lens[r] - batch.cu[r + 1] + t
         if position < 0:
             continue
+        listed = (batch.offsets[r + 1] - batch.offsets[r]) * layout.page_size
         seen = sees(batch, r, position, np.arange(batch.kv_lens[r]))
+        seen &= np.arange(batch.kv_lens[r]) < listed
         for h in range(heads):
             kv = h * layout.kv_heads // heads
             s = keys[:, kv] @ batch.q[t, h].astype(np.float64)
