@@ -133,8 +133,7 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
     chosen, target = choose(implementation, problem, plan)
     batch = call.batch()
     q, scales = call.scaled_queries(batch)
-    sizes = (problem.num_tokens, problem.num_requests, problem.num_pages)
-    if chosen == "reference" or not all(sizes):
+    if chosen == "reference" or not problem.any_work:
         return by_reference(call, problem, batch, q, scales)
     options = {"plan": plan_for(problem, target, plan).plan, "chip": target}
     options["interpret"] = pltpu.InterpretParams() if chosen == "interpret" else False
@@ -264,7 +263,7 @@ def by_reference(
     """The specification, on the cache unpacked."""
     cache = call.cache
     keys, values = cache.unpack()
-    if problem.update and problem.num_tokens and problem.num_requests and problem.num_pages:
+    if problem.update and problem.any_work:
         k, v = call.quantised()
         keys = reference.write(keys, k, batch)
         values = (

@@ -67,6 +67,11 @@ class Problem:
     lse: bool
 
     @property
+    def any_work(self) -> bool:
+        """Whether there are tokens, requests and pages at all."""
+        return bool(self.num_tokens and self.num_requests and self.num_pages)
+
+    @property
     def compute_dtype(self) -> Any:
         """Of the operands of matrix products."""
         wide = self.dtype == jnp.float32 or self.layout.dtype == "float32"
