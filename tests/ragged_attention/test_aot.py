@@ -156,6 +156,7 @@ PRODUCTION = [  # other cases are these with other lengths
     *((name, V7) for name in ("decode/2k", "decode/float8", "decode/page-16", "prefill/8k")),
     *((name, V7) for name in ("mla/4k", "mla/8k", "mla/8k-float8")),
     ("drafts/causal", V7),
+    ("drafts/tree", V7),
 ]
 
 
