@@ -8,6 +8,7 @@ rows, its query heads one after another and each with all tokens of the block, m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from ragged_attention.plan import (
 from ragged_attention.plumbing import Operands, Scratch, repeat
 from ragged_attention.schedule import END, FENCE, FIRST, LAST, Batch, Noted
 from tpukit.chips import Chip
+from tpukit.manual import manual_axes
 
 Ref = Any
 HEADS_AT_ONCE = 2  # of a block of many queries: the next one's products hide the last one's sums
@@ -134,7 +136,7 @@ class Pass(Blocks):
         self.erase_pages(record, slot)
 
         def attend(tokens: int) -> None:
-            self.attend(record, slot, style_of(self.problem, self.plan, tokens, self.side))
+            self.attend(record, slot, style_of(self.problem, tokens, self.side))
 
         @pl.when(record.count > 0)
         def _() -> None:
@@ -310,11 +312,6 @@ def smallest(value: jax.Array, sizes: tuple[int, ...], action: Callable[[int], N
     )
 
 
-def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """An output that varies over the same manual mesh axes as x."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
 def ragged_attention_kernel(
     batch: Batch,
     operands: dict[str, jax.Array],
@@ -343,16 +340,17 @@ def ragged_attention_kernel(
     spaces = {"scales": pltpu.SMEM, "sinks": pltpu.VMEM}
     if not problem.streams_pages:
         spaces["indices"] = pltpu.SMEM
-    q, cache = operands["q"], operands["cache"]
     inputs = {
         name: x if interpret or name in spaces else pltpu.with_memory_space_constraint(x, pltpu.HBM)
         for name, x in operands.items()
     }
-    tokens, heads, _ = q.shape
-    outputs = {"o": like(q, (tokens, heads, problem.layout.value_dim), q.dtype)}
+    axes = manual_axes(*batch, *operands.values())
+    like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=axes)
+    shape = (problem.num_tokens, problem.q_heads, problem.layout.value_dim)
+    outputs = {"o": like(shape, problem.dtype)}
     if problem.lse:
-        outputs["lse"] = like(q, (tokens, problem.lse_lanes), jnp.float32)
-    outputs["cache"] = like(cache, cache.shape, cache.dtype)
+        outputs["lse"] = like((problem.num_tokens, problem.lse_lanes), jnp.float32)
+    outputs["cache"] = like(operands["cache"].shape, jnp.int32)
 
     def body(*refs: Ref) -> None:
         scalars, refs = Batch(*refs[: len(batch)]), refs[len(batch) :]

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 LANES = 128
@@ -191,8 +190,3 @@ def from_words(words: jax.Array, dtype: Any) -> jax.Array:
     shifts = (jnp.arange(pack, dtype=jnp.uint32) * (32 // pack))[None, :, None]
     bits = (words.view(jnp.uint32)[:, None, :] >> shifts).astype(unsigned)
     return lax.bitcast_convert_type(bits.reshape(-1, words.shape[1]), dtype)
-
-
-def cache_bytes(num_pages: int, layout: CacheLayout) -> int:
-    """Bytes of a pool of pages."""
-    return num_pages * layout.page_rows * layout.width * np.dtype(np.int32).itemsize

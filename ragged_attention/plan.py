@@ -145,7 +145,6 @@ class Plan:
             pack=problem.layout.pack,
             causal=problem.causal,
             windowed=problem.windowed,
-            tree=problem.tree,
             update=problem.update,
             placed=problem.placed,
         )
@@ -176,7 +175,7 @@ class Style:
         return (slice(r, min(r + step, self.rows)) for r in range(0, self.rows, step))
 
 
-def style_of(problem: Problem, plan: Plan, tokens: int, side: int) -> Style:
+def style_of(problem: Problem, tokens: int, side: int) -> Style:
     """The style of blocks of `tokens`; `side` is the size of the chip's matrix unit."""
     many = tokens >= MANY and problem.compute_dtype != jnp.float32
     values = problem.layout.vals.width
@@ -194,7 +193,7 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
     layout, f32 = problem.layout, jnp.float32
     heads, queries = layout.kv_heads, plan.queries
     rows = round_up(queries * problem.group, 16)
-    styles = [style_of(problem, plan, n, side) for n in plan.query_sizes]
+    styles = [style_of(problem, n, side) for n in plan.query_sizes]
     lanes = layout.keys.width * (2 if any(style.split for style in styles) else 1)
     fresh = queries + 6 * GROUP_ROWS * layout.pack
     found = {

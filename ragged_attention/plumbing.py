@@ -24,7 +24,6 @@ from ragged_attention.schedule import (
     Noted,
     Record,
     Walk,
-    select,
     store_record,
 )
 
@@ -176,11 +175,10 @@ class Plumbing:
 
         return page
 
-    def listed(self, record: Noted) -> tuple[jax.Array, jax.Array]:
-        """How many pages the tile has, and how many of them are in the list."""
+    def pages(self, record: Noted) -> jax.Array:
+        """How many pages the tile has; all are in the list."""
         size = self.layout.page_size
-        needed = (record.span + size - 1) >> (size.bit_length() - 1)
-        return needed, jnp.minimum(needed, record.pages)
+        return (record.span + size - 1) >> (size.bit_length() - 1)
 
     def groups(self, keys: jax.Array) -> jax.Array:
         """Groups of rows of words that hold so many keys."""
@@ -232,9 +230,7 @@ class Plumbing:
         self.indices(record.slot, record.page, lambda copy: copy.wait())
         tile, sem = self.vmem.tiles.at[slot], self.vmem.sems.tiles.at[slot]
         size = self.layout.page_rows
-        needed, listed = self.listed(record)
-        rows = jnp.minimum(self.groups(record.span) * GROUP_ROWS, listed * size)
-
+        rows = jnp.minimum(self.groups(record.span) * GROUP_ROWS, self.pages(record) * size)
         page_at = self.pages_of(record)
 
         def fetch(place: Any, page: jax.Array, count: Any) -> None:
@@ -269,7 +265,7 @@ class Plumbing:
 
         step = (UNROLL * size).bit_length() - 1
         full, some = rows >> step, (rows + UNROLL * size - 1) >> step
-        signs = lax.fori_loop(0, full, whole, select(listed < needed, -1, 0))
+        signs = lax.fori_loop(0, full, whole, jnp.int32(0))
         signs = lax.fori_loop(full, some, last, signs)
         self.vmem.fetched[slot] = rows
         self.vmem.erased[slot] = signs
@@ -285,15 +281,13 @@ class Plumbing:
         @pl.when(self.vmem.erased[slot] < 0)
         def _() -> None:
             tile = self.vmem.tiles.at[slot]
-            repeat(self.listed(record)[0], lambda place: self.erase(record, tile, place))
+            repeat(self.pages(record), lambda place: self.erase(record, tile, place))
 
     def erase(self, record: Noted, tile: Ref, place: jax.Array) -> None:
         """Zeroes a page of a tile that is not in the pool."""
         size = self.layout.page_rows
-        listed = place < record.pages
-        page = self.pages_of(record)(select(listed, place, 0))
 
-        @pl.when(~listed | (page < 0))
+        @pl.when(self.pages_of(record)(place) < 0)
         def _() -> None:
             zeros = jnp.zeros((1, self.layout.width), jnp.int32)
 
@@ -311,17 +305,17 @@ class Plumbing:
         def store(i: jax.Array) -> None:
             row = i * step
             place = row >> shift
-            listed = place < record.pages
-            page = self.pages_of(record)(select(listed, place, 0))
+            page = self.pages_of(record)(place)
 
-            @pl.when(listed & (page >= 0))
+            @pl.when(page >= 0)
             def _() -> None:
                 target = (page << shift) + (row & (self.layout.page_rows - 1))
                 self.move((tile, row), (self.hbm.cache, target), step, sem)
                 self.vmem.stored[slot] += step
 
-        parts = GROUP_ROWS // step
-        lax.fori_loop(begin * parts, end * parts, lambda i, _: store(i), None)
+        parts = GROUP_ROWS // step  # pages smaller than a group: the next one is another request's
+        last = jnp.minimum(end * parts, (self.pages(record) << shift) // step)
+        lax.fori_loop(begin * parts, last, lambda i, _: store(i), None)
 
     def await_store(self, slot: jax.Array) -> None:
         """Waits until a tile's new rows are in the cache."""

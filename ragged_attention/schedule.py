@@ -37,7 +37,6 @@ class Record(NamedTuple):
       span: keys of the tile.
       cached: how many of them, from the front, are in the cache already.
       page: place of the tile's first page in the list of pages.
-      pages: how many pages the request has from there on.
       window: a query sees so many positions, itself included; 0 means all.
       is_tree: whether the block's tree mask counts.
       fences: how many fences there are up to here.
@@ -53,7 +52,6 @@ class Record(NamedTuple):
     span: Any
     cached: Any
     page: Any
-    pages: Any
     window: Any
     is_tree: Any
     fences: Any
@@ -109,7 +107,6 @@ class Limits(NamedTuple):
     pack: int  # tokens that share words
     causal: bool
     windowed: bool
-    tree: bool
     update: bool
     placed: bool  # positions of queries are given
 
@@ -210,13 +207,11 @@ class Walk(NamedTuple):
     def common(self, at: Cursor, request: Request, key: jax.Array) -> dict[str, Any]:
         """Fields that all records of a request have in common."""
         limits = self.limits
-        begin, end = self.pages(request.number)
-        place = begin + (key >> (limits.page_size.bit_length() - 1))
+        place = self.pages(request.number)[0] + (key >> (limits.page_size.bit_length() - 1))
         return {
             "first": request.first,
             "key": key,
             "page": jnp.minimum(place, limits.num_indices),
-            "pages": jnp.maximum(end - place, 0),
             "window": request.window,
             "is_tree": (request.end - at.begin <= TREE_TOKENS).astype(jnp.int32),
         }
