@@ -158,6 +158,7 @@ class Explanation:
     """Which plan a call gets, and why.
 
     Attributes:
+      problem: the call as the plan sees it.
       plan: the block sizes.
       source: "argument", or an "exact" or "nearest" entry of the table, or the cost "model".
       why: a sentence about that choice.
@@ -167,6 +168,7 @@ class Explanation:
       costs: of the kernel with this plan, and of the grouped layer.
     """
 
+    problem: Problem
     plan: Plan
     source: str
     why: str
@@ -410,6 +412,30 @@ def as_plan(fields: Mapping[str, tuning.Value]) -> Plan:
     return Plan(**{name: int(value) for name, value in fields.items()})
 
 
+# What tuning tries, one field after another.
+CHOICES: Mapping[str, tuple[int, ...]] = {
+    "tile": (64, 96, 128, 160, 192, 256, 288),
+    "inter_slice": (128, 256, 512),
+    "hidden_slice": (256, 512, 1024),
+    "depth": (2, 4),
+}
+
+
+def key(problem: Problem) -> dict[str, tuning.Value]:
+    """How the table knows a problem."""
+    return {
+        "weight_dtype": jnp.dtype(problem.weight_dtype).name,
+        "row_dtype": jnp.dtype(problem.row_dtype).name,
+        "hidden": problem.hidden,
+        "inter": problem.routed.inter,
+        "shared": problem.shared is not None,
+        "num_experts": problem.num_experts,
+        "top_k": problem.top_k,
+        "num_devices": problem.num_devices,
+        "num_tokens": problem.num_tokens,
+    }
+
+
 @functools.cache
 def table() -> tuning.Table:
     """The tuned block sizes."""
@@ -426,25 +452,15 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
         check_plan(problem, plan, chip)
         source, why = "argument", "the caller's"
     else:
-        key = {
-            "weight_dtype": jnp.dtype(problem.weight_dtype).name,
-            "row_dtype": jnp.dtype(problem.row_dtype).name,
-            "hidden": problem.hidden,
-            "inter": problem.routed.inter,
-            "shared": problem.shared is not None,
-            "num_experts": problem.num_experts,
-            "top_k": problem.top_k,
-            "num_devices": problem.num_devices,
-            "num_tokens": problem.num_tokens,
-        }
         found = table().resolve(
             chip.name,
-            key,
+            key(problem),
             valid=lambda fields: fits(problem, as_plan(fields), chip),
             model=lambda: dataclasses.asdict(model(problem, chip)),
         )
         plan, source, why = as_plan(found.value), found.source, found.why
     return Explanation(
+        problem,
         plan,
         source,
         why,

@@ -94,6 +94,7 @@ class Explanation:
     """Which plan a call gets, and why.
 
     Attributes:
+      problem: the call as the plan sees it.
       plan: the block sizes.
       source: "argument", or an "exact" or "nearest" entry of the table, or the cost "model".
       why: a sentence about that choice.
@@ -101,6 +102,7 @@ class Explanation:
       vmem_limit: what the chip has.
     """
 
+    problem: Problem
     plan: Plan
     source: str
     why: str
@@ -243,6 +245,30 @@ def as_plan(fields: Mapping[str, tuning.Value]) -> Plan:
     return Plan(**{name: int(value) for name, value in fields.items()})
 
 
+# What tuning tries, one field after another.
+CHOICES: Mapping[str, tuple[int, ...]] = {
+    "window": (64, 128, 256),
+    "heads": (4, 8, 16),
+    "interleave": (1, 2, 4, 8),
+    "inputs": (2, 4, 8),
+    "states": (4, 8, 16),
+    "lookahead": (2, 4, 6, 8, 12),
+}
+
+
+def key(problem: Problem) -> dict[str, tuning.Value]:
+    """How the table knows a problem."""
+    return {
+        "dtype": jnp.dtype(problem.dtype).name,
+        "state_dtype": jnp.dtype(problem.state_dtype).name,
+        "key_dim": problem.key_dim,
+        "value_dim": problem.value_dim,
+        "group": problem.group,
+        "per_token": problem.per_token,
+        "heads": problem.heads,
+    }
+
+
 @functools.cache
 def table() -> tuning.Table:
     """The tuned block sizes."""
@@ -268,20 +294,12 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
         check_plan(problem, plan, chip)
         source, why = "argument", "the caller's"
     else:
-        key = {
-            "dtype": jnp.dtype(problem.dtype).name,
-            "state_dtype": jnp.dtype(problem.state_dtype).name,
-            "key_dim": problem.key_dim,
-            "value_dim": problem.value_dim,
-            "group": problem.group,
-            "per_token": problem.per_token,
-            "heads": problem.heads,
-        }
         found = table().resolve(
             chip.name,
-            key,
+            key(problem),
             valid=lambda fields: fits(problem, as_plan(fields), chip),
             model=lambda: dataclasses.asdict(model(problem, chip)),
         )
         plan, source, why = as_plan(found.value), found.source, found.why
-    return Explanation(plan, source, why, vmem_bytes(problem, plan), chip.vmem_bytes)
+    used = vmem_bytes(problem, plan)
+    return Explanation(problem, plan, source, why, used, chip.vmem_bytes)

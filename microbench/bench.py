@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-
-from microbench import cases, environment, predicted, static
-from microbench.case import Case, Check, Suite
+from microbench import cases, compare, environment, stages, tune
+from microbench.case import Case, Suite
 from microbench.cli import Options, UsageError
 from microbench.record import Log, record
 from microbench.table import table
-from microbench.timing import time_calls
-from tpukit import chips, errors, interpret
+from tpukit import chips, errors
 
 
 class Exit(enum.IntEnum):
@@ -39,8 +35,10 @@ def run(options: Options) -> Exit:
         selected = select(options)
         for chip in options.chips:
             chips.chip(chip)
-        log = Log(options.json, options.csv)
-    except (UsageError, errors.ArgumentError, OSError) as error:
+        if options.command == "compare" and options.operands:
+            return _compare(options)
+        log = Log(options.json, options.csv, resume=options.resume)
+    except (ValueError, OSError) as error:
         print(f"microbench: {error}", file=sys.stderr)
         return Exit.UNSUPPORTED
     if options.command == "list":
@@ -54,12 +52,26 @@ def run(options: Options) -> Exit:
     except KeyboardInterrupt:
         print(f"microbench: interrupted after {len(log.records)} records", file=sys.stderr)
         return Exit.INTERRUPTED
+    except UsageError as error:
+        print(f"microbench: {error}", file=sys.stderr)
+        bench.statuses.append(Exit.UNSUPPORTED)
     except errors.ToolchainError as error:
         print(f"microbench: {error}", file=sys.stderr)
         bench.statuses.append(Exit.ENVIRONMENT)
     finally:
         log.close()
     return max(bench.statuses, key=SEVERITY.index)
+
+
+def _compare(options: Options) -> Exit:
+    """Shows two runs side by side; a figure that got worse, or went away, is a mismatch."""
+    found = compare.two(options.operands, options)
+    if not found:
+        raise UsageError("neither run has figures to compare")
+    print(table([change.row() for change in found]))
+    worse = [change for change in found if change.verdict in ("slower", "gone")]
+    print(f"\n{len(found)} figures, {len(worse)} worse")
+    return Exit.MISMATCH if worse else Exit.OK
 
 
 def select(options: Options) -> list[tuple[Suite, Case]]:
@@ -100,155 +112,127 @@ class Bench:
     def kernel(self, suite: Suite, group: Sequence[Case]) -> None:
         """Takes the cases of one kernel through the stages of the command."""
         print(f"\n== {group[0].kernel}")
+        command = self.options.command
+        if command == "tune":
+            self.tune(suite, group)
+            return
         right = list(group)
-        if self.options.command in ("bench", "run"):
-            right = self._each("check", group, lambda case: self._check(suite, case))
-            self._each("time", right, lambda case: self._time(suite, case))
-        if self.options.command in ("bench", "aot"):
-            self._each("aot", right, lambda case: self._aot(suite, case))
-        if self.options.command in ("bench", "predict"):
-            self._each("predict", right, lambda case: self._predict(suite, case))
+        if command in ("bench", "run"):
+            right = self._each("check", stages.check, suite, group)
+            self._each("time", stages.time, suite, right)
+        for stage in (stages.aot, stages.predict, stages.compare):
+            name = stage.__name__
+            if command == name or (command == "bench" and name != "compare"):
+                self._each(name, stage, suite, right, on_chips=True)
 
     def _each(
-        self, stage: str, group: Sequence[Case], work: Callable[[Case], list[dict[str, Any]]]
+        self,
+        stage: str,
+        work: Callable[..., list[stages.Finding]],
+        suite: Suite,
+        group: Sequence[Case],
+        *,
+        on_chips: bool = False,
     ) -> list[Case]:
         """Shows the rows of every case in one table; returns the cases without a bad row."""
         rows: list[dict[str, Any]] = []
         right = []
         try:
-            for case in group:
-                with _progress(f"{stage} {case.name}"):
-                    status = len(self.statuses)
-                    rows += work(case)
-                    if len(self.statuses) == status:
-                        right.append(case)
+            for index, case in enumerate(group):
+                before = len(self.statuses)
+                places = self._places(suite, case) if on_chips else [(None, case)]
+                for chip, placed in places:
+                    words = [f"[{index + 1}/{len(group)}]", stage, case.name, chip or ""]
+                    with _progress(" ".join(words)):
+                        rows += self._one(stage, work, suite, placed, chip)
+                if len(self.statuses) == before:
+                    right.append(case)
         finally:  # an interrupted run shows what it had
             if rows:
                 columns = _COLUMNS.get(stage)
-                print(f"\n{_TITLES[stage]}\n{table(rows, columns)}", flush=True)
+                print(f"\n{stages.TITLES[stage]}\n{table(rows, columns)}", flush=True)
         return right
 
-    def _record(
-        self, kind: str, case: Case, label: str, values: dict[str, Any], **more: Any
-    ) -> None:
-        name = kind if kind in ("aot", "predict") else "run"
-        command = repeat(name, case, self.options, more.get("chip"))
-        self.log.add(record(kind, case, values, label=label, command=command, **more))
-
-    def _check(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
-        try:
-            checks = suite.check(case, self.options.seed)
-        except errors.UnsupportedError as error:
-            self.statuses.append(Exit.UNSUPPORTED)
-            return [{"case": case.name, "check": str(error), "error": None, "limit": None}]
-        except interpret.InterpretError as error:
-            checks = [Check(f"runs: {type(error).__name__}", float("inf"), 0.0, note=str(error))]
-            print(f"\n{case.name}: {error}")
-        if not all(check.ok for check in checks):
+    def _one(
+        self,
+        stage: str,
+        work: Callable[..., list[stages.Finding]],
+        suite: Suite,
+        case: Case,
+        chip: str | None,
+    ) -> list[dict[str, Any]]:
+        """The rows of one case in one place: from the log where it has them, else found now."""
+        place = {"chip": chip} if chip else {}
+        kept = self.log.find(stage, case, **place) if self.options.resume else []
+        if not kept:
+            for label, values, context in self._found(stage, work, suite, case, chip):
+                name = stage if stage in ("aot", "predict", "compare") else "run"
+                command = repeat(name, case, self.options, chip)
+                entry = record(
+                    stage, case, values, label=label, command=command, **place, **context
+                )
+                self.log.add(entry)
+                kept.append(entry)
+        if any(entry["values"].get("ok") is False for entry in kept):
             self.statuses.append(Exit.MISMATCH)
-        rows = []
-        for check in checks:
-            values = dataclasses.asdict(check) | {"ok": check.ok}
-            self._record("check", case, "checked", values, seed=self.options.seed)
-            note = check.note.split("\n")[0] if not check.ok else ""
-            name = f"{check.name}: {note}" if note else check.name
-            rows.append({"case": case.name, "check": name, **values})
-        return rows
+        first = {"case": case.name, **place}
+        return [first | _single_values(entry["values"]) for entry in kept]
 
-    def _time(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
-        on_tpu = jax.default_backend() == "tpu"
-        case = suite.timed(case)
-        label = "tpu kernel, wall clock, measured" if on_tpu else "cpu reference, measured"
-        function = suite.kernel_fn(case) if on_tpu else suite.reference_fn(case)
-        timing = time_calls(function, suite.inputs(case, self.options.seed))
-        cost = suite.cost(case)
-        values = {
-            "median_ms": timing.median * 1e3,
-            "best_ms": timing.best * 1e3,
-            "worst_ms": timing.worst * 1e3,
-            "calls": timing.calls,
-            "first_ms": timing.first * 1e3,
-            "gflop_per_s": cost.flops / timing.median / 1e9,
-            "gbyte_per_s": cost.hbm_bytes / timing.median / 1e9,
-        }
-        chip = chips.current_chip() if on_tpu else None
-        plan = suite.plan(case, chip.name) if chip else "none: the reference"
-        place = {"chip": chip.name if chip else "cpu", "plan": plan, "seed": self.options.seed}
-        self._record("time", case, label, values, **place)
-        return [{"case": case.name, "what": label, **values}]
+    def _found(
+        self,
+        stage: str,
+        work: Callable[..., list[stages.Finding]],
+        suite: Suite,
+        case: Case,
+        chip: str | None,
+    ) -> list[stages.Finding]:
+        """What a stage finds, or why it refuses."""
+        try:
+            return work(suite, case, *([chip] if chip else []), self.options)
+        except stages.REFUSALS as error:
+            self.statuses.append(Exit.UNSUPPORTED)
+            print(f"\n{case.name}{f' on {chip}' if chip else ''}: {error}")
+            values: dict[str, Any] = {"error": str(error)}
+            if stage == "aot":  # what compiles may still have a listing that is not understood
+                values["compiles"] = isinstance(error, errors.ListingError)
+            return [stages.Finding("refused", values, {})]
 
-    def _aot(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
-        rows = []
-        for chip in self._chips(suite, case):
-            plan = suite.plan(case, chip)
-            floor = static.floor_us(suite.cost(case), chips.chip(chip))
-            try:
-                report = static.compile_case(suite, case, chip)
-            except _REFUSALS as error:
-                self.statuses.append(Exit.UNSUPPORTED)
-                print(f"\n{case.name} on {chip}: {error}")
-                unread = isinstance(error, errors.ListingError)  # compiled, but no figures
-                shown: dict[str, Any] = {"compiles": unread}
-                values = shown | {"error": str(error)}
-            else:
-                if self.options.command == "aot":
-                    print(f"\n{case.name} on {chip}, {plan}\n{static.details(report)}")
-                shown = static.figures(report) | suite.figures(case, report) | {"floor us": floor}
-                values = shown | static.tree(report)
-            self._record("aot", case, "static", values, chip=chip, plan=plan)
-            rows.append({"case": case.name, "chip": chip, **shown})
-        return rows
-
-    def _chips(self, suite: Suite, case: Case) -> list[str]:
-        """The chips that were asked for and that the case is for; says which are left out."""
+    def _places(self, suite: Suite, case: Case) -> Iterator[tuple[str, Case]]:
+        """The chips that were asked for, and the case as planned there; says what is left out."""
         there = suite.chips(case)
         for chip in self.options.chips:
             if chip not in there:
                 print(f"{case.name}: not for {chip}, but for {', '.join(there)}")
-        return [chip for chip in self.options.chips if chip in there]
-
-    def _predict(self, suite: Suite, case: Case) -> list[dict[str, Any]]:
-        rows = []
-        for chip in self._chips(suite, case):
+                continue
             try:
-                found = predicted.case(suite, case, chip, self.options)
-            except _REFUSALS as error:
+                yield chip, stages.with_plan(suite, case, chip, self.options)
+            except (errors.ArgumentError, errors.UnsupportedError) as error:
                 self.statuses.append(Exit.UNSUPPORTED)
                 print(f"\n{case.name} on {chip}: {error}")
-                rows.append({"case": case.name, "chip": chip})
-                continue
-            if found is None:
-                rows.append({"case": case.name, "chip": chip, "predicted us": "not replayed"})
-                continue
-            if self.options.command == "predict":
-                print(f"\n{case.name} on {chip}\n{found.text()}")
-            values = predicted.figures(found)
-            self._record("predict", case, "predicted", values, chip=chip, seed=self.options.seed)
-            rows.append({"case": case.name, "chip": chip, **values})
-            predicted.save(found, case, self.options)
-        return rows
+
+    def tune(self, suite: Suite, group: Sequence[Case]) -> None:
+        """Looks for better plans, and keeps them where the options say so."""
+        found = []
+        try:
+            for chip in self.options.chips:
+                for rooms, together in tune.groups(suite, group, chip):
+                    search = tune.Search(suite, together, chip, self.options)
+                    with _progress(f"tune {together[0].name} on {chip}"):
+                        found.append(search.run(rooms))
+        finally:
+            if found:
+                print(f"\n{tune.TITLE}\n{table([one.row() for one in found])}", flush=True)
+                for one in found:
+                    self.log.add(one.record(group[0].kernel, self.options))
+        if self.options.save and found:
+            print(f"written: {tune.save(group[0].kernel, found, self.options)}")
 
 
-_REFUSALS = (
-    errors.KernelResourceError,
-    errors.KernelCompileError,
-    errors.ListingError,
-    errors.ReplayError,
-    errors.UnsupportedError,
-)
-_TITLES = {
-    "check": "check: the kernel against its specification",
-    "time": "time: on this machine, wall clock",
-    "aot": (
-        "aot: static, compiled for the chip and not run; "
-        "floor us = the roofline from data-sheet peaks, no measurement"
-    ),
-}
-_TITLES["predict"] = (
-    "predict: predicted for the chip by replaying the final schedule, not measured; floor = the "
-    "schedule's own bytes and products at data-sheet peaks"
-)
 _COLUMNS = {"check": ("case", "check", "error", "limit", "ok")}
+
+
+def _single_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: x for key, x in values.items() if not isinstance(x, list | dict | tuple)}
 
 
 def repeat(command: str, case: Case, options: Options, chip: str | None = None) -> str:
@@ -256,7 +240,9 @@ def repeat(command: str, case: Case, options: Options, chip: str | None = None) 
     words = ["python -m microbench", command, "--kernel", case.kernel, "--case", case.name]
     for key, value in options.settings:
         words += ["--set", f"{key}={value}"]
-    if command != "run" and chip:
+    for key, value in options.plan:
+        words += ["--plan", f"{key}={value}"]
+    if chip:
         words += ["--chip", chip]
     if command != "aot":
         words += ["--seed", str(options.seed)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
 Value = int | float | str | bool | tuple[int, ...]
 
 
@@ -18,14 +19,17 @@ class Case:
       kernel: name of the package, as in `microbench.cases.<kernel>`.
       name: unique within the kernel, as in "ling-2.6-1t/decode".
       params: everything that defines the shape; read-only. A tuple holds integers.
+      plan: all fields of the kernel's plan; empty where the kernel chooses; read-only.
     """
 
     kernel: str
     name: str
     params: Mapping[str, Value]
+    plan: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
+        for field in ("params", "plan"):
+            object.__setattr__(self, field, MappingProxyType(dict(getattr(self, field))))
 
     def override(self, settings: Mapping[str, str]) -> Case:
         """Replaces parameters by values written as text, each read as the type it replaces.
@@ -44,7 +48,22 @@ class Case:
         return dataclasses.replace(self, params=params)
 
 
-def _parse(key: str, text: str, like: Value) -> Value:
+def planned(case: Case, chosen: Any, settings: Mapping[str, str]) -> Case:
+    """The case with a plan: the chosen one, with the fields that `settings` replace.
+
+    Raises:
+      ValueError: a field that the plan does not have, or a value of another type.
+    """
+    fields = dataclasses.asdict(chosen)
+    for key, text in settings.items():
+        if key not in fields:
+            known = ", ".join(sorted(fields))
+            raise ValueError(f"plans of {case.kernel} have no field {key!r}; they have {known}")
+        fields[key] = _parse(key, text, fields[key])
+    return dataclasses.replace(case, plan=fields)
+
+
+def _parse(key: str, text: str, like: Value) -> Any:
     try:
         if isinstance(like, bool):
             return {"true": True, "false": False}[text.lower()]
@@ -124,19 +143,27 @@ class Suite(Protocol):
         """Names "module:function" and its keywords; given `chip` as well, it returns (fn, args)."""
         ...
 
-    def steered(self, case: Case, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+    def steered(self, case: Case, seed: int) -> Call | None:
         """The full-size call for a prediction: values for what steers the kernel, else shapes.
 
         None where its schedules cannot be replayed.
         """
         ...
 
+    def peers(self, case: Case, seed: int) -> Mapping[str, Call]:
+        """What one would use instead, by name, as full-size calls for a prediction."""
+        ...
+
     def cost(self, case: Case) -> Cost:
         """What the full-size case has to compute and to move."""
         ...
 
-    def plan(self, case: Case, chip: str) -> str:
-        """The block sizes that the kernel would choose on this chip, and where they come from."""
+    def explain(self, case: Case, chip: str) -> Any:
+        """What the kernel's own `explain` says: its `plan`, and as text where that comes from.
+
+        Raises:
+          ArgumentError, UnsupportedError: the case's plan is not legal there, or none is.
+        """
         ...
 
     def figures(self, case: Case, report: Any) -> dict[str, float]:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from microbench.case import Case, Suite
+from microbench.case import Call, Case, Suite
 from microbench.cli import Options
 from tpukit.predict import MeshPrediction, Prediction, predict, predict_mesh, timeline
 
@@ -20,15 +20,18 @@ def case(
     """
     spans = bool(options.trace)
     if int(case.params.get("devices", 1)) == 1:  # pyright: ignore[reportArgumentType]
-        call = suite.steered(case, options.seed)
-        if call is None:
-            return None
-        fn, args = call
-        return predict(fn, *args, chip=chip, spans=spans)
+        steered = suite.steered(case, options.seed)
+        return None if steered is None else call(steered, chip, spans=spans)
     target, arguments = suite.aot_target(case)
     arguments["seed"] = options.seed
     wraps = bool(case.params.get("wraps", False))
     return predict_mesh(target, chip, arguments, wraps=wraps, spans=(0,) if spans else ())
+
+
+def call(steered: Call, chip: str, *, spans: bool = False) -> Prediction:
+    """Predicts a call on one device."""
+    fn, args = steered
+    return predict(fn, *args, chip=chip, spans=spans)
 
 
 def figures(prediction: Prediction | MeshPrediction) -> dict[str, Any]:

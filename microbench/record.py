@@ -21,7 +21,7 @@ def record(
     """A figure with everything that is needed to obtain it again.
 
     Args:
-      kind: "check", "time" or "aot".
+      kind: "check", "time", "aot", "predict" or "peer".
       case: what was run.
       values: the figures.
       label: what the figures are, such as "cpu reference, measured" or "static".
@@ -29,10 +29,7 @@ def record(
       context: chip, plan, seed and the like.
     """
     return {
-        "kind": kind,
-        "kernel": case.kernel,
-        "case": case.name,
-        "params": dict(case.params),
+        **_identity(kind, case),
         "label": label,
         **context,
         "values": dict(values),
@@ -43,6 +40,38 @@ def record(
     }
 
 
+def _identity(kind: str, case: Case) -> Record:
+    return {
+        "kind": kind,
+        "kernel": case.kernel,
+        "case": case.name,
+        "params": dict(case.params),
+        "plan_fields": dict(case.plan),
+    }
+
+
+def _current(entry: Record) -> bool:
+    """Whether a record is of this very code, committed, and of these very tools."""
+    commit = environment.commit()
+    same = (entry.get("commit"), entry.get("versions")) == (commit, environment.versions())
+    return same and not commit.endswith("+changes")
+
+
+def read(path: str) -> list[Record]:
+    """Records of a file of JSON lines.
+
+    Raises:
+      ValueError: it is not such a file.
+    """
+    try:
+        found = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of records: {error}") from error
+    if not all(isinstance(entry, dict) and "kind" in entry for entry in found):
+        raise ValueError(f"{path} is not a file of records as --json writes them")
+    return found
+
+
 class Log:
     """Collects records and keeps files of them.
 
@@ -50,14 +79,32 @@ class Log:
     file needs all the columns first, so it is written by `close`.
     """
 
-    def __init__(self, json_path: str | None = None, csv_path: str | None = None) -> None:
+    def __init__(
+        self, json_path: str | None = None, csv_path: str | None = None, *, resume: bool = False
+    ) -> None:
         self.records: list[Record] = []
+        if resume and json_path and pathlib.Path(json_path).exists():
+            self.records = [entry for entry in read(json_path) if _current(entry)]
         self._json = open(json_path, "w") if json_path else None  # noqa: SIM115  (closed by close)
+        for entry in self.records:
+            self._write(entry)
         self._csv_path = csv_path
 
     def add(self, entry: Record) -> None:
         """Keeps one record."""
         self.records.append(entry)
+        self._write(entry)
+
+    def find(self, kind: str, case: Case, **context: Any) -> list[Record]:
+        """Records of this kind, case and context that are there already."""
+        wanted = json.loads(json.dumps({**_identity(kind, case), **context}))
+        return [
+            entry
+            for entry in self.records
+            if all(json.loads(json.dumps(entry.get(k))) == wanted[k] for k in wanted)
+        ]
+
+    def _write(self, entry: Record) -> None:
         if self._json:
             self._json.write(json.dumps(entry, default=str) + "\n")
             self._json.flush()

@@ -334,6 +334,7 @@ class Explanation:
     """Which plan a call gets, and why.
 
     Attributes:
+      problem: the call as the plan sees it.
       plan: the block sizes.
       source: "argument", or an "exact" or "nearest" entry of the table, or the cost "model".
       why: a sentence about that choice.
@@ -341,6 +342,7 @@ class Explanation:
       vmem_limit: what the chip has.
     """
 
+    problem: Problem
     plan: Plan
     source: str
     why: str
@@ -367,6 +369,31 @@ SCHEMA = tuning.Schema(
     bucketed=("q_heads", "num_tokens"),
     plan=dict.fromkeys((field.name for field in dataclasses.fields(Plan)), int),
 )
+
+
+# What tuning tries, one field after another.
+CHOICES: Mapping[str, tuple[int, ...]] = {
+    "keys": (512, 1024, 2048, 4096),
+    "queries": (8, 16, 32, 64, 128, 256),
+    "tiles": (2, 4, 8, 16),
+    "blocks": (2, 4, 8),
+}
+
+
+def key(problem: Problem) -> dict[str, tuning.Value]:
+    """How the table knows a problem."""
+    layout = problem.layout
+    return {
+        "dtype": jnp.dtype(problem.dtype).name,
+        "cache_dtype": layout.dtype,
+        "kv_heads": layout.kv_heads,
+        "key_dim": layout.key_dim,
+        "value_dim": layout.value_dim,
+        "latent": layout.latent,
+        "page_size": layout.page_size,
+        "q_heads": problem.q_heads,
+        "num_tokens": problem.num_tokens,
+    }
 
 
 @functools.cache
@@ -398,23 +425,12 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
         check_plan(problem, plan, chip)
         source, why = "argument", "the caller's"
     else:
-        layout = problem.layout
-        key = {
-            "dtype": jnp.dtype(problem.dtype).name,
-            "cache_dtype": layout.dtype,
-            "kv_heads": layout.kv_heads,
-            "key_dim": layout.key_dim,
-            "value_dim": layout.value_dim,
-            "latent": layout.latent,
-            "page_size": layout.page_size,
-            "q_heads": problem.q_heads,
-            "num_tokens": problem.num_tokens,
-        }
         found = table().resolve(
             chip.name,
-            key,
+            key(problem),
             valid=lambda fields: fits(problem, as_plan(fields), chip),
             model=lambda: dataclasses.asdict(model(problem, chip)),
         )
         plan, source, why = as_plan(found.value), found.source, found.why
-    return Explanation(plan, source, why, vmem_bytes(problem, plan, chip), chip.vmem_bytes)
+    used = vmem_bytes(problem, plan, chip)
+    return Explanation(problem, plan, source, why, used, chip.vmem_bytes)

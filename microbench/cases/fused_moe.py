@@ -10,7 +10,7 @@ as the model's router groups it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fused_moe
-from microbench.case import Case, Check, Cost
+from microbench.case import Call, Case, Check, Cost
 from microbench.static import longest_pass
 from reference import fused_moe as reference
 from tpukit import interpret
@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ling-2.6-flash": {"hidden": 4096, "inter": 1024, "experts": 256, "groups": 8},
     "deepseek-v3": {"hidden": 7168, "inter": 2048, "experts": 256, "groups": 8, "block": 128},
     "qwen3-coder-480b": {"hidden": 6144, "inter": 2560, "experts": 160, "shared": 0},
+    "qwen3-30b": {"hidden": 2048, "inter": 768, "experts": 128, "shared": 0},
     "gpt-oss-120b": {
         "hidden": 2880,
         "inter": 2880,
@@ -69,7 +70,6 @@ class Shape:
     rows: str = "float8_e4m3fn"
     back: str = "bfloat16"
     wraps: bool = True
-    tile: int = 0
 
     @property
     def padded(self) -> Shape:
@@ -89,7 +89,6 @@ class Shape:
             devices=devices,
             top_k=min(self.top_k, 3),
             groups=min(self.groups, 4),
-            tile=64,
         )
 
 
@@ -119,6 +118,7 @@ CASES = (
     _case("deepseek-v3", "decode", 512, 32),
     _case("qwen3-coder-480b", "prefill", 2048, 8),
     _case("gpt-oss-120b", "decode", 1024, 8),
+    _case("qwen3-30b", "one device", 128, 1),
 )
 
 
@@ -215,13 +215,12 @@ def _options(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _plan(shape: Shape) -> fused_moe.Plan | None:
-    """The plan that a case asks for: only its tile."""
-    if not shape.tile:
-        return None
-    inter = next(size for size in (512, 256, 128) if shape.inter % size == 0)
-    hidden = next(size for size in (1024, 512, 256) if shape.hidden % size == 0)
-    return fused_moe.Plan(shape.tile, inter, hidden)
+REDUCED_PLAN = fused_moe.Plan(64, 256, 512)  # several tiles even of a reduced layer
+
+
+def _plan(fields: Mapping[str, Any]) -> fused_moe.Plan | None:
+    """A case's plan, None for the kernel's own."""
+    return fused_moe.Plan(**fields) if fields else None
 
 
 def _kernel(shape: Shape, **options: Any) -> Callable[..., Any]:
@@ -235,7 +234,6 @@ def _kernel(shape: Shape, **options: Any) -> Callable[..., Any]:
             expert_weights,
             axis_name=AXIS if shape.devices > 1 else None,
             return_dtype=shape.back,
-            plan=_plan(shape),
             **_options(shape),
             **options,
         )
@@ -272,7 +270,7 @@ def reference_fn(case: Case) -> Callable[..., Any]:
 
 def kernel_fn(case: Case) -> Callable[..., Any]:
     """The kernel on this machine's TPU."""
-    return _kernel(_shape(case), implementation="pallas")
+    return _kernel(_shape(case), implementation="pallas", plan=_plan(case.plan))
 
 
 def check(case: Case, seed: int) -> list[Check]:
@@ -280,10 +278,11 @@ def check(case: Case, seed: int) -> list[Check]:
     shape = _shape(case).reduced(1)
     args = _inputs(shape, seed)
     if jax.default_backend() == "tpu":
-        found = jax.block_until_ready(_kernel(shape, implementation="pallas")(*args))
+        kernel = _kernel(shape, implementation="pallas", plan=REDUCED_PLAN)
+        found = jax.block_until_ready(kernel(*args))
     else:
         with interpret.strict():
-            kernel = _kernel(shape, implementation="interpret")
+            kernel = _kernel(shape, implementation="interpret", plan=REDUCED_PLAN)
             found = jax.block_until_ready(kernel(*args))
     small = dataclasses.replace(case, params=dataclasses.asdict(shape))
     wanted = reference_fn(small)(*args)
@@ -312,14 +311,15 @@ def chips(case: Case) -> tuple[str, ...]:
 
 def aot_target(case: Case) -> tuple[str, dict[str, Any]]:
     """Names `build`."""
-    return "microbench.cases.fused_moe:build", {**case.params, "seed": 0}
+    arguments = {**case.params, "plan": dict(case.plan), "seed": 0}
+    return "microbench.cases.fused_moe:build", arguments
 
 
-def build(chip: str, seed: int, **params: Any) -> tuple[Any, ...]:
+def build(chip: str, seed: int, plan: Mapping[str, int], **params: Any) -> tuple[Any, ...]:
     """The full-size call, for chips that need not be present; ids are values."""
     shape = Shape(**params).padded
     args = _specs(shape)._replace(ids=_ids(shape, seed))
-    fn = _kernel(shape, implementation="pallas")
+    fn = _kernel(shape, implementation="pallas", plan=_plan(plan))
     if shape.devices == 1:
         return fn, tuple(args), {}
     options = {
@@ -330,10 +330,21 @@ def build(chip: str, seed: int, **params: Any) -> tuple[Any, ...]:
     return fn, tuple(args), options
 
 
-def steered(case: Case, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def steered(case: Case, seed: int) -> Call:
     """`build` on one device."""
-    fn, args, _ = build("", seed, **case.params)
+    _, arguments = aot_target(case)
+    arguments["seed"] = seed
+    fn, args, _ = build("", **arguments)
     return fn, args
+
+
+def peers(case: Case, seed: int) -> Mapping[str, Call]:
+    """On one device, sorted rows and `lax.ragged_dot`; XLA's collectives are not predicted."""
+    shape = _shape(case).padded
+    if shape.devices > 1:
+        return {}
+    _, args = steered(case, seed)
+    return {"sorted rows, lax.ragged_dot": (_kernel(shape, implementation="grouped"), args)}
 
 
 def cost(case: Case) -> Cost:
@@ -350,13 +361,9 @@ def cost(case: Case) -> Cost:
     )
 
 
-def plan(case: Case, chip: str) -> str:
+def explain(case: Case, chip: str) -> fused_moe.Explanation:
     """What `fused_moe.explain` says."""
-    return str(_explain(_shape(case), chip))
-
-
-def _explain(shape: Shape, chip: str) -> fused_moe.Explanation:
-    shape = shape.padded
+    shape = _shape(case).padded
     share = dataclasses.replace(
         shape, tokens=shape.tokens // shape.devices, experts=shape.experts // shape.devices
     )
@@ -369,7 +376,7 @@ def _explain(shape: Shape, chip: str) -> fused_moe.Explanation:
         chip=chip,
         axes=[(AXIS, shape.devices)] if shape.devices > 1 else [],
         return_dtype=shape.back,
-        plan=_plan(shape),
+        plan=_plan(case.plan),
         **_options(shape),
     )
 
@@ -377,7 +384,7 @@ def _explain(shape: Shape, chip: str) -> fused_moe.Explanation:
 def figures(case: Case, report: Any) -> dict[str, float]:
     """Bundles of one whole tile of a routed expert, its transfers left out, and MXU use."""
     shape = _shape(case).padded
-    plan = _explain(shape, report.chip).plan
+    plan = explain(case, report.chip).plan
     kernel = report.kernel("fused_moe")
     products = [loop for loop in kernel.loops if loop.ops.matmuls]
     visit = products[-1].path.split("/")[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +19,8 @@ import numpy as np
 
 import gather_reduce
 from gather_reduce.api import problem_of
-from gather_reduce.plan import plan_for, work_of
-from microbench.case import Case, Check, Cost
+from gather_reduce.plan import Problem, plan_for, work_of
+from microbench.case import Call, Case, Check, Cost
 from reference import gather_reduce as reference
 from reference.gather_reduce import PackedRows, pack_columns
 from tpukit import sparsecore
@@ -102,10 +102,17 @@ def _call(shape: Shape, run: Callable[..., jax.Array]) -> Callable[..., jax.Arra
     return fn
 
 
-def _kernel(x: Any, indices: jax.Array, weights: Any, valid: Any) -> jax.Array:
-    if valid is None:
-        return gather_reduce.dense_gather_reduce(x, indices, weights, implementation="pallas")
-    return gather_reduce.ragged_gather_reduce(x, indices, weights, valid, implementation="pallas")
+def _kernel(fields: Mapping[str, Any]) -> Callable[..., jax.Array]:
+    """The kernel with a case's plan, or its own where there are no fields."""
+    options: dict[str, Any] = {"implementation": "pallas"}
+    options["plan"] = gather_reduce.Plan(**fields) if fields else None
+
+    def fn(x: Any, indices: jax.Array, weights: Any, valid: Any) -> jax.Array:
+        if valid is None:
+            return gather_reduce.dense_gather_reduce(x, indices, weights, **options)
+        return gather_reduce.ragged_gather_reduce(x, indices, weights, valid, **options)
+
+    return fn
 
 
 def inputs(case: Case, seed: int) -> tuple[Any, ...]:
@@ -147,7 +154,7 @@ def reference_fn(case: Case) -> Callable[..., Any]:
 
 def kernel_fn(case: Case) -> Callable[..., Any]:
     """The kernel on this machine's TPU."""
-    return jax.jit(_call(_shape(case), _kernel))
+    return jax.jit(_call(_shape(case), _kernel(case.plan)))
 
 
 def check(case: Case, seed: int) -> list[Check]:
@@ -155,11 +162,12 @@ def check(case: Case, seed: int) -> list[Check]:
     shape = _shape(case)
     if jax.default_backend() == "tpu":
         args = _inputs(shape, seed)
-        return [_same(shape, args, jax.jit(_call(shape, _kernel))(*args))]
+        return [_same(shape, args, kernel_fn(case)(*args))]
     shape = dataclasses.replace(shape, tokens=min(shape.tokens, 64), hidden_size=512)
     args = _inputs(shape, seed)
     try:
-        found = sparsecore.simulate(_call(shape, _kernel), *args, timing="random", seed=seed)
+        kernel = _call(shape, _kernel(case.plan))
+        found = sparsecore.simulate(kernel, *args, timing="random", seed=seed)
     except sparsecore.faults.SimulationError as error:
         return [Check(f"runs: {type(error).__name__}", float("inf"), 0.0, note=str(error))]
     (kernel,) = found.kernels
@@ -188,19 +196,27 @@ def _gathered_bytes(shape: Shape, args: tuple[Any, ...]) -> int:
 
 def aot_target(case: Case) -> tuple[str, dict[str, Any]]:
     """Names `build`."""
-    return "microbench.cases.gather_reduce:build", dict(case.params)
+    return "microbench.cases.gather_reduce:build", {**case.params, "plan": dict(case.plan)}
 
 
-def build(chip: str, **params: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def build(
+    chip: str, plan: Mapping[str, Any], **params: Any
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The full-size call, for a chip that need not be present."""
     del chip  # the kernel asks what it is compiled for
     shape = Shape(**params)
-    return jax.jit(_call(shape, _kernel)), shape.specs()
+    return jax.jit(_call(shape, _kernel(plan))), shape.specs()
 
 
 def steered(case: Case, seed: int) -> None:
     """Schedules of SparseCores are not replayed."""
     del case, seed
+
+
+def peers(case: Case, seed: int) -> dict[str, Call]:
+    """None: the kernel's own time is not predicted."""
+    del case, seed
+    return {}
 
 
 def cost(case: Case) -> Cost:
@@ -212,14 +228,17 @@ def cost(case: Case) -> Cost:
     return Cost(flops=0.0, hbm_bytes=rows * row + entries + shape.tokens * shape.hidden_size * 2)
 
 
-def plan(case: Case, chip: str) -> str:
-    """What `gather_reduce.explain` says, of the SparseCores where it prefers another place."""
-    x, indices, *rest = _shape(case).specs()
-    weights = rest[0] if _shape(case).weighted else None
-    found = gather_reduce.explain(x, indices, weights, chip=chip)
-    if found.plan.engine == "sparsecore":
-        return str(found)
-    return f"{found}; compiled for the SparseCores"
+def explain(case: Case, chip: str) -> gather_reduce.Explanation:
+    """What the kernel would run on the SparseCores, even where XLA is expected to be quicker."""
+    plan = gather_reduce.Plan(**dict[str, Any](case.plan)) if case.plan else None
+    return plan_for(_problem(_shape(case)), chip_named(chip), plan, sparse_only=True)
+
+
+def _problem(shape: Shape) -> Problem:
+    x, indices, *rest = shape.specs()
+    return problem_of(
+        "microbench", x, indices, rest[0] if shape.weighted else None, None, None, None
+    )
 
 
 def figures(case: Case, report: Any) -> dict[str, float]:
@@ -230,7 +249,7 @@ def figures(case: Case, report: Any) -> dict[str, float]:
         "bundles/vector": loops.clean,
         "where rows do not count": loops.masked,
         **few,
-        "bundles/subcore": bundles(_shape(case), report),
+        "bundles/subcore": bundles(case, report),
     }
 
 
@@ -265,17 +284,15 @@ def _innermost(report: Any) -> list[Any]:
     ]
 
 
-def bundles(shape: Shape, report: Any) -> float:
+def bundles(case: Case, report: Any) -> float:
     """At most what a subcore issues; expected, where chance decides which rows are valid.
 
     Everything outside the loops over columns and over indices is taken to be issued in every step
     for every part of a word that is decoded by itself, whatever its branch.
     """
-    x, indices, *rest = shape.specs()
-    weights = rest[0] if shape.weighted else None
-    problem = problem_of("bundles", x, indices, weights, None, None, None)
+    shape = _shape(case)
+    problem, found = _problem(shape), explain(case, report.chip).plan
     chip = chip_named(report.chip)
-    found = plan_for(problem, chip, sparse_only=True).plan
     if chip.sparse is None:
         return 0
     work = work_of(problem, found, chip.sparse)

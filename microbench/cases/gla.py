@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 
 import gla
 from gla.schedule import ROWS
-from microbench.case import Case, Check, Cost
+from microbench.case import Call, Case, Check, Cost
 from microbench.cases._gla_bundles import Schedule
 from reference import gla as reference
 from tpukit import interpret
@@ -167,6 +167,12 @@ def _arguments(shape: Shape, args: Inputs) -> tuple[tuple[Any, ...], gla.HeadDec
     return (q, k, v, *states), gla.HeadDecay(g)
 
 
+def _plan(case: Case) -> gla.Plan | None:
+    """The case's plan, None for the kernel's own."""
+    fields: dict[str, Any] = dict(case.plan)
+    return gla.Plan(**fields) if fields else None
+
+
 def _call(shape: Shape, run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`run` on flat q, k, v, as the projections of a model leave them."""
 
@@ -201,7 +207,7 @@ def reference_fn(case: Case) -> Callable[..., Any]:
 
 def kernel_fn(case: Case) -> Callable[..., Any]:
     """The kernel on this machine's TPU."""
-    return jax.jit(_call(_shape(case), gla.gla, implementation="pallas"))
+    return jax.jit(_call(_shape(case), gla.gla, implementation="pallas", plan=_plan(case)))
 
 
 def check(case: Case, seed: int) -> list[Check]:
@@ -210,11 +216,12 @@ def check(case: Case, seed: int) -> list[Check]:
     shape = _shape(case) if on_tpu else _shape(case).reduced()
     args = _inputs(shape, seed)
     if on_tpu:
-        kernel = jax.jit(_call(shape, gla.gla, implementation="pallas"))
+        kernel = kernel_fn(case)
         o, pool = jax.block_until_ready(kernel(*args))
     else:
         with interpret.strict():
-            kernel = jax.jit(_call(shape, gla.gla, implementation="interpret"))
+            run = _call(shape, gla.gla, implementation="interpret", plan=_plan(case))
+            kernel = jax.jit(run)
             o, pool = jax.block_until_ready(kernel(*args))
     with jax.enable_x64(True):
         oracle = _call(shape, reference.recurrent, dtype=jnp.float64)
@@ -246,22 +253,32 @@ def _no_worse(name: str, found: Any, plain: Any, exact: Any, axis: int | None = 
 
 def aot_target(case: Case) -> tuple[str, dict[str, Any]]:
     """Names `build`."""
-    return "microbench.cases.gla:build", dict(case.params)
+    return "microbench.cases.gla:build", {**case.params, "plan": dict(case.plan)}
 
 
-def build(chip: str, **params: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def build(
+    chip: str, plan: Mapping[str, int], **params: Any
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The full-size call, for a chip that need not be present."""
     del chip  # the kernel asks what it is compiled for
     params["prefills"] = tuple(params["prefills"])  # JSON made a list of it
     shape = Shape(**params)
-    fn = _call(shape, gla.gla, implementation="pallas")
+    chosen = gla.Plan(**plan) if plan else None
+    fn = _call(shape, gla.gla, implementation="pallas", plan=chosen)
     return jax.jit(fn, donate_argnums=Inputs._fields.index("pool")), _specs(shape)
 
 
-def steered(case: Case, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def steered(case: Case, seed: int) -> Call:
     """`build` with the lengths and slots that `inputs` would have."""
-    fn, _ = build("", **case.params)
+    _, arguments = aot_target(case)
+    fn, _ = build("", **arguments)
     return fn, tuple(_steering(_shape(case), seed))
+
+
+def peers(case: Case, seed: int) -> Mapping[str, Call]:
+    """What XLA makes of the chunked form; JAX has no kernel for it."""
+    _, args = steered(case, seed)
+    return {"XLA, chunked form": (reference_fn(case), args)}
 
 
 def cost(case: Case) -> Cost:
@@ -277,20 +294,17 @@ def cost(case: Case) -> Cost:
     )
 
 
-def plan(case: Case, chip: str) -> str:
+def explain(case: Case, chip: str) -> gla.Explanation:
     """What `gla.explain` says."""
-    return str(_explain(_shape(case), chip))
-
-
-def _explain(shape: Shape, chip: str) -> gla.Explanation:
+    shape = _shape(case)
     arrays, decay = jax.eval_shape(lambda *args: _arguments(shape, Inputs(*args)), *_specs(shape))
-    return gla.explain(*arrays, decay=decay, chip=chip)
+    return gla.explain(*arrays, decay=decay, chip=chip, plan=_plan(case))
 
 
 def figures(case: Case, report: Any) -> dict[str, float]:
     """Bundles of the steady loop per token and head and per decode and head, and of the batch."""
     shape = _shape(case)
-    plan = _explain(shape, report.chip).plan
+    plan = explain(case, report.chip).plan
     schedule = Schedule.of(report.kernel("gla"), plan)
     steps = shape.heads // plan.heads
     batch = steps * schedule.batch(shape.lengths, list(shape.resumes()))

@@ -10,7 +10,8 @@ rows are bfloat16.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ragged_attention as ra
-from microbench.case import Case, Check, Cost
+from microbench.case import Call, Case, Check, Cost
 from ragged_attention.plan import MANY
 from tpukit import interpret
 from tpukit.listing import Region
@@ -194,7 +195,12 @@ def _trees(shape: Shape, rng: np.random.Generator) -> jax.Array:
     return jnp.asarray(np.array(low_high, np.uint32))
 
 
-def _call(shape: Shape, implementation: str) -> Callable[..., Any]:
+def _plan(fields: Mapping[str, Any]) -> ra.Plan | None:
+    """A case's plan, None for the kernel's own."""
+    return ra.Plan(**fields) if fields else None
+
+
+def _call(shape: Shape, implementation: str, plan: ra.Plan | None = None) -> Callable[..., Any]:
     """The public function on the fields of `Inputs`; returns the output and the cache's words."""
 
     def fn(q: Any, k: Any, v: Any, words: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
@@ -205,6 +211,7 @@ def _call(shape: Shape, implementation: str) -> Callable[..., Any]:
             "ancestors": ancestors,
             "bounds_checks": shape.bounds_checks,
             "implementation": implementation,
+            "plan": plan,
         }
         if shape.latent:
             rank = shape.value_dim
@@ -246,7 +253,7 @@ def reference_fn(case: Case) -> Callable[..., Any]:
 
 def kernel_fn(case: Case) -> Callable[..., Any]:
     """The kernel on this machine's TPU."""
-    return jax.jit(_call(_shape(case), "pallas"))
+    return jax.jit(_call(_shape(case), "pallas", _plan(case.plan)))
 
 
 def check(case: Case, seed: int) -> list[Check]:
@@ -254,10 +261,12 @@ def check(case: Case, seed: int) -> list[Check]:
     shape = _shape(case).reduced()
     args = _inputs(shape, seed)
     if jax.default_backend() == "tpu":
-        o, words = jax.block_until_ready(jax.jit(_call(shape, "pallas"))(*args))
+        run = _call(shape, "pallas", _plan(case.plan))
+        o, words = jax.block_until_ready(jax.jit(run)(*args))
     else:
         with interpret.strict():
-            o, words = jax.block_until_ready(jax.jit(_call(shape, "interpret"))(*args))
+            run = _call(shape, "interpret", _plan(case.plan))
+            o, words = jax.block_until_ready(jax.jit(run)(*args))
     plain, _ = jax.jit(_call(shape, "reference"))(*args)
     old = ra.KVCache(args.words, shape.layout)
     wanted = ra.update_kv_cache(args.k, args.v, old, *args[4:8])
@@ -330,23 +339,56 @@ def _exact(shape: Shape, args: Inputs, cache: ra.KVCache) -> np.ndarray:
 
 def aot_target(case: Case) -> tuple[str, dict[str, Any]]:
     """Names `build`."""
-    return "microbench.cases.ragged_attention:build", dict(case.params)
+    arguments = {**case.params, "plan": dict(case.plan)}
+    return "microbench.cases.ragged_attention:build", arguments
 
 
-def build(chip: str, **params: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def build(
+    chip: str, plan: Mapping[str, int], **params: Any
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The full-size call, for a chip that need not be present."""
     del chip  # the kernel asks what it is compiled for
     for name in ("kv_lens", "q_lens"):
         params[name] = tuple(params[name])  # JSON made a list of it
     shape = Shape(**params)
-    fn = jax.jit(_call(shape, "pallas"), donate_argnums=Inputs._fields.index("words"))
-    return fn, tuple(_specs(shape))
+    run = _call(shape, "pallas", _plan(plan))
+    return jax.jit(run, donate_argnums=Inputs._fields.index("words")), tuple(_specs(shape))
 
 
-def steered(case: Case, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def steered(case: Case, seed: int) -> Call:
     """`build` with the lengths and pages that `inputs` would have."""
-    fn, _ = build("", **case.params)
+    _, arguments = aot_target(case)
+    fn, _ = build("", **arguments)
     return fn, tuple(_steering(_shape(case), seed))
+
+
+def peers(case: Case, seed: int) -> Mapping[str, Call]:
+    """XLA where a token's keys can all be gathered, and JAX's own kernel where it applies."""
+    shape, (_, args) = _shape(case), steered(case, seed)
+    found: dict[str, Call] = {}
+    if max(shape.q_lens) == 1:
+        found["XLA, gathered keys"] = (reference_fn(case), args)
+    if not (shape.latent or shape.tree) and shape.key_dim == shape.value_dim:
+        found["JAX's ragged_paged_attention, no cache update"] = _jax_kernel(shape, Inputs(*args))
+    return found
+
+
+def _jax_kernel(shape: Shape, args: Inputs) -> Call:
+    """`jax.experimental.pallas.ops.tpu.ragged_paged_attention` with its own block sizes."""
+    kernel = importlib.import_module("jax.experimental.pallas.ops.tpu.ragged_paged_attention")
+    table = np.zeros((len(shape.pages), max(shape.pages)), np.int32)
+    for row, (begin, count) in enumerate(zip(args.page_offsets, shape.pages, strict=False)):
+        table[row, :count] = args.page_indices[int(begin) : int(begin) + count]
+    size = (shape.pool, shape.page_size, 2 * shape.kv_heads, shape.key_dim)
+    pages = jax.ShapeDtypeStruct(size, jnp.dtype(shape.cache))
+    steer = args.kv_lens, jnp.asarray(table), args.cu_q_lens, jnp.array([len(shape.pages)])
+
+    def fn(q: Any, pages: Any, *steer: Any) -> jax.Array:
+        return kernel.ragged_paged_attention(
+            q, pages, *steer, sm_scale=shape.key_dim**-0.5, sliding_window=shape.window or None
+        )
+
+    return fn, (args.q, pages, *steer)
 
 
 def cost(case: Case) -> Cost:
@@ -366,12 +408,9 @@ def cost(case: Case) -> Cost:
     )
 
 
-def plan(case: Case, chip: str) -> str:
+def explain(case: Case, chip: str) -> ra.Explanation:
     """What `ragged_attention.explain` says."""
-    return str(_explain(_shape(case), chip))
-
-
-def _explain(shape: Shape, chip: str) -> ra.Explanation:
+    shape = _shape(case)
     args = _specs(shape)
     return ra.explain(
         *args[:3],
@@ -380,6 +419,7 @@ def _explain(shape: Shape, chip: str) -> ra.Explanation:
         window=shape.window or None,
         ancestors=args.ancestors,
         chip=chip,
+        plan=_plan(case.plan),
     )
 
 
@@ -391,7 +431,7 @@ def figures(case: Case, report: Any) -> dict[str, float]:
     the most products.
     """
     shape, kernel = _shape(case), report.kernel("ragged_attention")
-    plan = _explain(shape, report.chip).plan
+    plan = explain(case, report.chip).plan
     regions = [*kernel.outside, *(r for loop in kernel.loops for r in loop.regions)]
     busy = sorted((r for r in regions if r.ops.matmuls), key=lambda r: r.start)
     if max(shape.q_lens) == 1:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 import fused_moe
+from microbench.case import planned
 from microbench.cases import fused_moe as cases
 from tpukit import aot, errors
 
@@ -13,7 +14,7 @@ PAIRS = [(case.name, chip) for case in cases.CASES for chip in cases.chips(case)
 
 
 def compiled(case, chip, **changes):
-    params = {**case.params, **changes}
+    params = {**case.params, "plan": {}, **changes}
     fn, args, options = cases.build(chip, 0, **params)
     return aot.compile_for(fn, *args, chip=chip, describe="fused_moe", **options)
 
@@ -50,8 +51,8 @@ def test_kinds_compile(chip, changes):
 @pytest.mark.parametrize("tokens", [512, 1024, 1184, 2048, 4096, 65536])
 def test_any_number_of_tokens_has_a_plan(tokens):
     """What does not fit SMEM at once is split into calls that do."""
-    shape = dataclasses.replace(cases._shape(BY_NAME["ling-2.6-1t/prefill"]), tokens=32 * tokens)
-    assert cases._explain(shape, "tpu7x").plan.tile >= 64
+    case = BY_NAME["ling-2.6-1t/prefill"].override({"tokens": str(32 * tokens)})
+    assert cases.explain(case, "tpu7x").plan.tile >= 64
 
 
 def test_what_is_unsupported_says_so():
@@ -69,7 +70,9 @@ def _arguments():
 
 @pytest.mark.parametrize(("tile", "most"), [(160, 19_000), (256, 26_000)])
 def test_tiles_take_few_bundles(tile, most):
-    case = BY_NAME["ling-2.6-1t/prefill"].override({"tile": str(tile)})
+    case = BY_NAME["ling-2.6-1t/prefill"]
+    blocks = {"tile": str(tile), "inter_slice": "512", "depth": "2"}
+    case = planned(case, cases.explain(case, "tpu7x").plan, blocks)
     target, arguments = cases.aot_target(case)
     report = aot.static_report(target, "tpu7x", **arguments)
     figures = cases.figures(case, report)

@@ -12,6 +12,7 @@ import gather_reduce
 from gather_reduce.api import problem_of
 from gather_reduce.plan import bundles as model_bundles
 from gather_reduce.plan import plan_for, work_of
+from microbench.case import Case
 from microbench.cases import gather_reduce as cases
 from tests.gather_reduce import targets
 from tests.gather_reduce.oracle import FORMATS
@@ -69,11 +70,11 @@ def test_bundles_of_a_vector_of_columns_and_what_the_cost_model_makes_of_it(
     assert 10 < found.clean <= clean and found.clean < found.masked <= masked
     assert found.few is None
 
-    shape = cases.Shape(2048, **{"top_k": 8, "rows": "packed bfloat16", **usual(options)})
-    x, indices, *rest = shape.specs()
+    sizes = {"tokens": 2048, "top_k": 8, "rows": "packed bfloat16", **usual(options)}
+    x, indices, *rest = cases.Shape(**sizes).specs()
     problem = problem_of("test", x, indices, rest[0] if rest else None, None, None, None)
     plan = plan_for(problem, chip(name), sparse_only=True).plan
-    counted = cases.bundles(shape, report(name, **options))
+    counted = cases.bundles(Case("gather_reduce", "test", sizes), report(name, **options))
     assert model_bundles(problem, plan, chip(name)) == pytest.approx(counted, rel=0.12)
 
 
@@ -97,9 +98,7 @@ def test_tokens_with_few_valid_rows_take_few_bundles(name):
 def test_bundles_of_a_whole_problem(case, most):
     (case,) = (c for c in cases.CASES if c.name == f"deepseek-v3/{case}")
     target, arguments = cases.aot_target(case)
-    found = cases.bundles(
-        cases.Shape(**case.params), aot.static_report(target, "tpu7x", **arguments)
-    )
+    found = cases.bundles(case, aot.static_report(target, "tpu7x", **arguments))
     assert most / 2 < found <= most
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from microbench.case import Case, Check, Cost
+from microbench.case import Call, Case, Check, Cost
 from tpukit import interpret
 from tpukit.errors import UnsupportedError
 
@@ -22,22 +23,24 @@ CASES = (
 )
 
 
-def double(x: jax.Array, rows: int) -> jax.Array:
+def double(x: jax.Array, rows: int, block: int) -> jax.Array:
     def kernel(x_ref: Any, o_ref: Any) -> None:
         o_ref[...] = x_ref[...] * 2
 
     return pl.pallas_call(
         kernel,
-        grid=(rows // 8,),
-        in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
-        out_specs=pl.BlockSpec((8, 128), lambda i: (i, 0)),
+        grid=(rows // block,),
+        in_specs=[pl.BlockSpec((block, 128), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((block, 128), lambda i: (i, 0)),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         name="double",
     )(x)
 
 
-def build(chip: str, rows: int, fault: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    fn = too_large if fault == "memory" else functools.partial(double, rows=rows)
+def build(
+    chip: str, rows: int, fault: str, block: int = 8
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    fn = too_large if fault == "memory" else functools.partial(double, rows=rows, block=block)
     return fn, (jax.ShapeDtypeStruct((rows, 128), jnp.float32),)
 
 
@@ -91,12 +94,21 @@ def kernel_fn(case: Case) -> Callable[..., Any]:
 
 
 def aot_target(case: Case) -> tuple[str, dict[str, Any]]:
-    return "tests.microbench.fake:build", {k: case.params[k] for k in ("rows", "fault")}
+    kept = {k: case.params[k] for k in ("rows", "fault")}
+    return "tests.microbench.fake:build", {**kept, **case.plan}
 
 
 def steered(case: Case, seed: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     _, arguments = aot_target(case)
     return build("", **arguments)
+
+
+def peers(case: Case, seed: int) -> dict[str, Call]:
+    _, args = steered(case, seed)
+    return {
+        "XLA": (reference_fn(case), args),
+        "nobody": (too_large, (jax.ShapeDtypeStruct((64, 128), jnp.float32),)),
+    }
 
 
 def cost(case: Case) -> Cost:
@@ -105,8 +117,24 @@ def cost(case: Case) -> Cost:
     return Cost(flops=rows * 128.0, hbm_bytes=rows * 128 * 8.0)
 
 
-def plan(case: Case, chip: str) -> str:
-    return "rows of 8"
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    block: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    plan: Plan
+
+    def __str__(self) -> str:
+        return f"rows of {self.plan.block}"
+
+
+def explain(case: Case, chip: str) -> Explanation:
+    fields: dict[str, Any] = dict(case.plan)
+    if fields and fields["block"] % 8:
+        raise UnsupportedError(where="fake", what=f"plan {fields}", place=chip, why="it is a test")
+    return Explanation(Plan(**fields))
 
 
 def figures(case: Case, report: Any) -> dict[str, float]:

@@ -61,7 +61,9 @@ def test_cost_counts_states_once_and_rows_once():
 
 def test_plan_says_where_it_comes_from():
     for case in cases.CASES:
-        assert "VMEM" in cases.plan(case, "tpu7x") and "heads=" in cases.plan(case, "v5e")
+        assert "VMEM" in str(cases.explain(case, "tpu7x")) and "heads=" in str(
+            cases.explain(case, "v5e")
+        )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from microbench import bench, cases, cli, environment, static
+from microbench import cases, cli, environment, stages, static
 from microbench.case import Case, Check, Cost
 from microbench.record import Log, record
 from microbench.table import table
@@ -24,7 +24,7 @@ def microbench(monkeypatch, capsys):
     monkeypatch.setattr(cases, "load", lambda kernel: fake)
     monkeypatch.setattr(environment, "prepare", lambda: None)
     monkeypatch.setattr(
-        bench, "time_calls", lambda fn, args: time_calls(fn, args, budget=0, least=2)
+        stages, "time_calls", lambda fn, args: time_calls(fn, args, budget=0, least=2)
     )
 
     def run(*words):

@@ -61,7 +61,9 @@ def test_cost_counts_what_is_seen_once():
 def test_plan_says_where_it_comes_from():
     for case in cases.CASES:
         for chip in cases.chips(case):
-            assert "VMEM" in cases.plan(case, chip) and "keys=" in cases.plan(case, chip)
+            assert "VMEM" in str(cases.explain(case, chip)) and "keys=" in str(
+                cases.explain(case, chip)
+            )
 
 
 @pytest.mark.parametrize("name", ["window/128-of-8k", "mla/4k"])

@@ -1,0 +1,152 @@
+"""Figures of two runs side by side: of two commits, or of two files of records."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from microbench import environment
+from microbench.cli import Options, UsageError
+from microbench.record import Record, read
+
+# Per kind of record: the figure that counts, and by how much it may differ and still be the same.
+# Schedules are the same every time; wall clocks are not.
+FIGURES = {"predict": ("predicted us", 0.005), "time": ("median_ms", 0.10), "aot": ("bundles", 0.0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One figure, before and after.
+
+    Attributes:
+      kernel, case, chip: of what.
+      figure: its name, such as "predicted us".
+      before, after: None where a run does not have it.
+      verdict: "slower", "faster", "same", "gone" or "new".
+    """
+
+    kernel: str
+    case: str
+    chip: str
+    figure: str
+    before: float | None
+    after: float | None
+    verdict: str
+
+    @property
+    def percent(self) -> float | None:
+        """Change in percent; positive is slower."""
+        if self.before is None or self.after is None:
+            return None
+        return 100 * (self.after / self.before - 1) if self.before else 0.0
+
+    def row(self) -> dict[str, Any]:
+        """For a table."""
+        shown = {**dataclasses.asdict(self), "change %": self.percent}
+        return {key: shown[key] for key in _COLUMNS}
+
+
+_COLUMNS = ("kernel", "case", "chip", "figure", "before", "after", "change %", "verdict")
+
+
+def changes(before: Iterable[Record], after: Iterable[Record]) -> list[Change]:
+    """Every figure of either run, in the order of the records."""
+    old, new = _figures(before), _figures(after)
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        kind, kernel, case, chip, _ = key
+        figure, margin = FIGURES[kind]
+        a, b = old.get(key), new.get(key)
+        found.append(Change(kernel, case, chip, figure, a, b, _verdict(a, b, margin)))
+    return found
+
+
+def _figures(records: Iterable[Record]) -> dict[tuple[str, str, str, str, str], float | None]:
+    """The figure that counts of each record; None where it was refused. Later ones win."""
+    found = {}
+    for entry in records:
+        if entry["kind"] in FIGURES:
+            params = json.dumps(entry["params"], sort_keys=True)
+            key = (entry["kind"], entry["kernel"], entry["case"], entry.get("chip", ""), params)
+            found[key] = entry["values"].get(FIGURES[entry["kind"]][0])
+    return found
+
+
+def _verdict(before: float | None, after: float | None, margin: float) -> str:
+    if after is None:
+        return "same" if before is None else "gone"
+    if before is None:
+        return "new"
+    if abs(after - before) <= margin * before:
+        return "same"
+    return "slower" if after > before else "faster"
+
+
+def records(what: str | None, options: Options) -> list[Record]:
+    """The records of a file; or of a git revision, predicted now; None is the working tree.
+
+    Raises:
+      UsageError: `what` is neither.
+    """
+    if what is not None and Path(what).is_file():
+        try:
+            return read(what)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    with tempfile.TemporaryDirectory() as scratch:
+        root = environment.ROOT if what is None else _checkout(what, Path(scratch) / "tree")
+        return _predict(root, Path(scratch) / "records.jsonl", options)
+
+
+def _checkout(revision: str, folder: Path) -> Path:
+    """The files of a revision of this repository, in a folder of their own."""
+    command = ["git", "-C", str(environment.ROOT), "archive", "--format=tar", revision]
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        reason = done.stderr.decode().strip().splitlines()[-1:]
+        raise UsageError(f"{revision!r} is neither a file nor a revision: {' '.join(reason)}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def _predict(root: Path, path: Path, options: Options) -> list[Record]:
+    """Predicts with the code of a tree, in a process of its own."""
+    words = [sys.executable, "-m", "microbench", "predict", *selection(options)]
+    words += ["--json", str(path), "--seed", str(options.seed)]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(words, cwd=root, env=env, stdout=subprocess.DEVNULL)
+    if not path.exists():
+        raise UsageError(f"{root} does not predict: exit status {done.returncode}")
+    return read(str(path))
+
+
+def selection(options: Options) -> list[str]:
+    """The flags that choose cases, chips and plans."""
+    words = ["--chip", ",".join(options.chips)]
+    words += ["--kernel", ",".join(options.kernels)] if options.kernels else []
+    words += ["--case", options.case] if options.case else []
+    for flag, pairs in (("--set", options.settings), ("--plan", options.plan)):
+        for key, value in pairs:
+            words += [flag, f"{key}={value}"]
+    return words
+
+
+def two(operands: Sequence[str], options: Options) -> list[Change]:
+    """Compares what is named: two runs, or one and the working tree.
+
+    Raises:
+      UsageError: an operand is neither a file of records nor a revision.
+    """
+    before = records(operands[0], options)
+    after = records(operands[1] if len(operands) > 1 else None, options)
+    return changes(before, after)
