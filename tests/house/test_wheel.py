@@ -52,7 +52,7 @@ def test_the_wheel_carries_licence_command_and_plugin(wheel):
     (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
     assert "Apache License" in archive.read(f"{info}/licenses/LICENSE").decode()
     entries = archive.read(f"{info}/entry_points.txt").decode()
-    assert "tpukit-microbench = microbench.cli:run_and_exit" in entries
+    assert "microbench = microbench.cli:run_and_exit" in entries
     assert "tpukit = tpukit.pytest_plugin" in entries
     metadata = archive.read(f"{info}/METADATA").decode()
     assert "Requires-Python: >=3.12" in metadata
