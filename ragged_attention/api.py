@@ -128,6 +128,10 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
     checks.check_choice(
         "ragged_attention", "implementation", implementation, get_args(Implementation)
     )
+    for name, flag in (("bounds_checks", bounds_checks), ("validate", validate)):
+        checks.check_type("ragged_attention", name, flag, bool)
+    if plan is not None:
+        checks.check_type("ragged_attention", "plan", plan, Plan)
     if validate:
         checks.raise_if_bad("ragged_attention", value_rules(call))
     chosen, target = choose(implementation, problem, plan)
@@ -174,6 +178,7 @@ def mla_ragged_paged_attention(
       ArgumentError, UnsupportedError: as there.
     """
     dims = checks.Dims("mla_ragged_paged_attention")
+    checks.check_type("mla_ragged_paged_attention", "cache", cache, KVCache)
     dims.bind("q_latent", q_latent, "tokens q_heads rank")
     dims.bind("q_rope", q_rope, "tokens q_heads rope_dim")
     if not cache.layout.latent or cache.layout.value_dim != dims["rank"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 
 from ragged_attention.api import Attention, ragged_paged_attention
 from ragged_attention.layout import (
+    LANES,
     CacheLayout,
     KVCache,
     pack_pages,
@@ -17,11 +19,16 @@ from ragged_attention.layout import (
     token_rows,
     word_bits,
 )
-from ragged_attention.problem import Call, check_layout, problem_of
+from ragged_attention.problem import Call, check_cache, check_layout, problem_of, refuse
 from reference import ragged_attention as reference
 from tpukit import checks
 
 _WHERE = "ragged_attention"
+_NOT_SPREAD = {  # options that attention over a mesh axis cannot be given
+    "sinks": "Every device would count them.",
+    "query_starts": "They follow from the device's place.",
+    "return_lse": "The logarithms are always returned.",
+}
 
 
 def allocate_kv_cache(
@@ -45,8 +52,8 @@ def allocate_kv_cache(
     Raises:
       ArgumentError: one of them is not possible.
     """
-    value_dim = value_dim or key_dim
-    layout = CacheLayout(kv_heads, key_dim, value_dim, jnp.dtype(dtype).name, page_size)
+    value_dim = key_dim if value_dim is None else value_dim
+    layout = CacheLayout(kv_heads, key_dim, value_dim, _dtype_name(dtype), page_size)
     return _empty(num_pages, layout)
 
 
@@ -58,16 +65,25 @@ def allocate_mla_cache(
     Raises:
       ArgumentError: one of the numbers is not possible.
     """
-    layout = CacheLayout(1, rank + rope_dim, rank, jnp.dtype(dtype).name, page_size, latent=True)
+    for name, value in (("rank", rank), ("rope_dim", rope_dim)):
+        checks.check_type(_WHERE, name, value, int)
+    layout = CacheLayout(1, rank + rope_dim, rank, _dtype_name(dtype), page_size, latent=True)
     return _empty(num_pages, layout)
 
 
+def _dtype_name(dtype: Any) -> str:
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return str(dtype)  # which no layout has
+
+
 def _empty(num_pages: int, layout: CacheLayout) -> KVCache:
+    check_layout(layout)
+    checks.check_type(_WHERE, "num_pages", num_pages, int)
     checks.check_range(_WHERE, "num_pages", num_pages, low=0)
-    rows = num_pages * max(layout.page_size * jnp.dtype(layout.dtype).itemsize // 4, 1)
-    cache = KVCache(jnp.zeros((rows, layout.width), jnp.int32), layout)
-    check_layout(cache)
-    return cache
+    words = jnp.zeros((num_pages * layout.page_rows, layout.width), jnp.int32)
+    return KVCache(words, layout)
 
 
 def update_kv_cache(
@@ -88,6 +104,8 @@ def update_kv_cache(
     Raises:
       ArgumentError: an argument does not suit the cache.
     """
+    check_cache(cache)
+    checks.check_array(_WHERE, "k", k)
     layout = cache.layout
     q = jax.ShapeDtypeStruct((k.shape[0], layout.kv_heads, layout.key_dim), jnp.bfloat16)
     call = Call(
@@ -120,15 +138,27 @@ def merge_attention_states(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax
 
     Returns:
       o [tokens, heads, dim] and lse [tokens, heads].
+
+    Raises:
+      ArgumentError: the shapes do not agree.
     """
-    top = jnp.max(lse, axis=0)
+    dims = checks.Dims("merge_attention_states")
+    dims.bind("o", o, "sets tokens heads _")
+    dims.bind("lse", lse, "sets tokens heads")
+    checks.check_range("merge_attention_states", "sets", dims["sets"], low=1)
+    return _merged(o, lse, jnp.max(lse, axis=0), lambda x: jnp.sum(x, axis=0))
+
+
+def _merged(
+    o: jax.Array, lse: jax.Array, top: jax.Array, add_up: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Weighs each set by its share of the softmax's denominator; `top` is the largest `lse`."""
     base = jnp.where(jnp.isneginf(top), 0.0, top)
     weight = jnp.exp(lse - base)
-    total = weight.sum(axis=0)
-    share = jnp.where(weight > 0, weight / jnp.where(total == 0, 1, total), 0.0 * weight)
-    merged = jnp.where(weight[..., None] > 0, share[..., None] * o.astype(jnp.float32), 0).sum(
-        axis=0
-    )
+    total = add_up(weight)
+    # A set without keys counts for nothing, whatever its rows hold; NaN stays.
+    parts = jnp.where((weight == 0)[..., None], 0, weight[..., None] * o.astype(jnp.float32))
+    merged = add_up(parts) / jnp.where(total == 0, 1, total)[..., None]
     return merged.astype(o.dtype), base + jnp.log(total)
 
 
@@ -158,7 +188,7 @@ def context_parallel_attention(
       kv_lens: [requests] int32 tokens of each request on all devices together.
       axis_name: the mesh axis.
       keys_per_device: how many keys of a request a device holds.
-      **options: as `ragged_paged_attention`; sinks are not supported.
+      **options: as `ragged_paged_attention`, but for sinks, query_starts and return_lse.
 
     Returns:
       An `Attention` with lse; o and lse are replicated, the cache is this device's.
@@ -166,8 +196,15 @@ def context_parallel_attention(
     Raises:
       ArgumentError, UnsupportedError: as there.
     """
+    checks.check_type(_WHERE, "keys_per_device", keys_per_device, int)
     checks.check_range(_WHERE, "keys_per_device", keys_per_device, low=1)
-    checks.check_choice(_WHERE, "sinks", options.get("sinks"), (None,))
+    for name, why in _NOT_SPREAD.items():
+        if options.get(name) is not None:
+            refuse(name, "is given", "nothing", why)
+    dims = checks.Dims(_WHERE)
+    dims.bind("q", q, "tokens _ _")
+    dims.bind("kv_lens", kv_lens, "requests")
+    dims.bind("cu_q_lens", cu_q_lens, "requests+1")
     bounds = lax.cummax(jnp.clip(cu_q_lens, 0, q.shape[0]))
     before = lax.axis_index(axis_name) * keys_per_device
     starts = kv_lens - (bounds[1:] - bounds[:-1]) - before
@@ -177,13 +214,8 @@ def context_parallel_attention(
         return_lse=True,
     )  # fmt: skip
     lse = cast(jax.Array, here.lse)
-    top = lax.pmax(lse, axis_name)
-    base = jnp.where(jnp.isneginf(top), 0.0, top)
-    weight = jnp.exp(lse - base)
-    total = lax.psum(weight, axis_name)
-    o = jnp.where(weight[..., None] > 0, weight[..., None] * here.o.astype(jnp.float32), 0)
-    o = lax.psum(o, axis_name) / jnp.where(total == 0, 1, total)[..., None]
-    return Attention(o.astype(q.dtype), here.cache, base + jnp.log(total))
+    o, lse = _merged(here.o, lse, lax.pmax(lse, axis_name), lambda x: lax.psum(x, axis_name))
+    return Attention(o, here.cache, lse)
 
 
 def from_interleaved(pages: jax.Array, kv_heads: int, key_dim: int) -> KVCache:
@@ -194,22 +226,44 @@ def from_interleaved(pages: jax.Array, kv_heads: int, key_dim: int) -> KVCache:
         keys and values of a head one after another, packed into the words of the type.
       kv_heads: heads there are.
       key_dim: width of keys and of values.
+
+    Raises:
+      ArgumentError: the pages are not of such heads.
     """
+    checks.check_type(_WHERE, "kv_heads", kv_heads, int)
+    checks.check_type(_WHERE, "key_dim", key_dim, int)
+    dims = checks.Dims("from_interleaved")
+    dims.bind("pages", pages, "_ page_size _ _ _")
+    dtype = jnp.dtype(pages.dtype).name
+    layout = CacheLayout(kv_heads, key_dim, key_dim, dtype, dims["page_size"])
+    check_layout(layout)
     num_pages, page_size, rows, packing, width = pages.shape
+    wanted = (-(-2 * kv_heads // layout.pack), layout.pack, round_up(key_dim, LANES))
+    if (rows, packing, width) != wanted:
+        refuse(
+            "pages",
+            f"has shape {pages.shape}",
+            f"{wanted} behind its pages for {kv_heads} heads of {key_dim} {dtype}",
+        )
     flat = pages.reshape(num_pages, page_size, rows * packing, width)
     flat = flat[:, :, : 2 * kv_heads, :key_dim]
-    dtype = jnp.dtype(pages.dtype).name
-    layout = CacheLayout(kv_heads, key_dim, key_dim, dtype, page_size)
     return pack_pages(flat[:, :, 0::2], flat[:, :, 1::2], layout)
 
 
 def to_interleaved(cache: KVCache) -> jax.Array:
-    """The inverse of `from_interleaved`; padding is 0."""
-    keys, values = cache.unpack()
+    """The inverse of `from_interleaved`; padding is 0.
+
+    Raises:
+      ArgumentError: keys and values are not as wide as each other, or are the same lanes.
+    """
+    check_cache(cache)
     layout = cache.layout
+    if layout.latent or layout.key_dim != layout.value_dim:
+        refuse("cache", f"has layout {layout}", "keys and values of one width beside each other")
+    keys, values = cache.unpack()
     both = jnp.stack([keys, values], axis=3)
     both = both.reshape(*keys.shape[:2], 2 * layout.kv_heads, layout.key_dim)
     heads = -2 * layout.kv_heads % layout.pack
-    lanes = round_up(layout.key_dim, 128) - layout.key_dim
+    lanes = round_up(layout.key_dim, LANES) - layout.key_dim
     both = jnp.pad(both, ((0, 0), (0, 0), (0, heads), (0, lanes)))
     return both.reshape(*both.shape[:2], -1, layout.pack, both.shape[-1])

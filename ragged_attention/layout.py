@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tpukit import checks
+from tpukit.errors import ArgumentError
+
 LANES = 128
 
 
@@ -162,7 +165,21 @@ def pack_pages(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -
     """A cache from keys [pages, page_size, kv_heads, key_dim] and values; the inverse of `unpack`.
 
     For a latent layout the values are part of the keys and are not given.
+
+    Raises:
+      ArgumentError: they are not of the layout's shapes.
     """
+    dims, shape = checks.Dims("pack_pages"), f"pages {layout.page_size} {layout.kv_heads}"
+    dims.bind("keys", keys, f"{shape} {layout.key_dim}")
+    if (values is None) != layout.latent:
+        raise ArgumentError(
+            where="pack_pages",
+            argument="values",
+            got="is given" if layout.latent else "is None",
+            expected="None for a latent layout, whose keys hold them, else an array",
+        )
+    if values is not None:
+        dims.bind("values", values, f"{shape} {layout.value_dim}")
     flat = None if values is None else values.reshape(-1, *values.shape[2:])
     rows = token_rows(keys.reshape(-1, *keys.shape[2:]), flat, layout)
     return KVCache(to_words(rows), layout)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ragged_attention.layout import LANES, CacheLayout, round_up
 from ragged_attention.schedule import GROUP_ROWS, Limits
-from tpukit import tuning
+from tpukit import checks, tuning
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
 
@@ -256,6 +256,9 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
             expected=expected,
         )
 
+    checks.check_type("ragged_attention", "plan", plan, Plan, "Use ragged_attention.Plan.")
+    for name, value in dataclasses.asdict(plan).items():
+        checks.check_type("ragged_attention", f"plan.{name}", value, int)
     group = GROUP_ROWS * problem.layout.pack
     least = max(group, 64) if problem.tree else group
     if plan.queries & (plan.queries - 1) or not least <= plan.queries <= 512:

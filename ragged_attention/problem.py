@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ragged_attention.layout import KVCache
+from ragged_attention.layout import CacheLayout, KVCache
 from ragged_attention.plan import CACHE_DTYPES, DTYPES, PAGE_SIZES, Problem
 from reference import ragged_attention as reference
 from tpukit import checks
@@ -76,7 +76,7 @@ class Call:
         heads, one = self.cache.layout.kv_heads, jnp.float32(1)
         scale = self.q.shape[2] ** -0.5 if self.sm_scale is None else self.sm_scale
         factors = []
-        if self.q_scale is not None and jnp.ndim(self.q_scale):
+        if self.q_scale is not None and np.ndim(self.q_scale):
             factors.append(jnp.asarray(self.q_scale, jnp.float32)[..., None])
         elif self.q_scale is not None:
             one = jnp.asarray(self.q_scale, jnp.float32)
@@ -119,10 +119,8 @@ def problem_of(call: Call) -> Problem:
     Raises:
       ArgumentError: one of them is wrong.
     """
-    if not isinstance(call.cache, KVCache):
-        refuse("cache", f"is a {type(call.cache).__name__}", "a KVCache", "Use allocate_kv_cache.")
+    check_cache(call.cache)
     layout, dims = call.cache.layout, checks.Dims(WHERE)
-    check_layout(call.cache)
     dims.bind("q", call.q, "tokens q_heads key_dim")
     checks.check_dtype(WHERE, "q", call.q, DTYPES)
     if dims["key_dim"] != layout.key_dim:
@@ -154,27 +152,35 @@ def problem_of(call: Call) -> Problem:
         q_heads=dims["q_heads"],
         layout=layout,
         dtype=jnp.dtype(call.q.dtype),
-        causal=bool(call.causal),
+        causal=call.causal,
         windowed=call.window is not None,
         tree=call.ancestors is not None,
         sinks=call.sinks is not None,
         soft_cap=None if call.soft_cap is None else float(call.soft_cap),
         update=call.k is not None,
         placed=call.query_starts is not None,
-        lse=bool(call.return_lse),
+        lse=call.return_lse,
     )
 
 
-def check_layout(cache: KVCache) -> None:
-    """Checks what a cache says of itself."""
-    layout = cache.layout
+def check_layout(layout: CacheLayout) -> None:
+    """Checks the numbers and the type of a layout."""
     checks.check_choice(WHERE, "cache.layout.dtype", layout.dtype, CACHE_DTYPES)
     checks.check_choice(WHERE, "cache.layout.page_size", layout.page_size, PAGE_SIZES)
+    for name in ("kv_heads", "key_dim", "value_dim"):
+        checks.check_type(WHERE, f"cache.layout.{name}", getattr(layout, name), int)
     checks.check_range(WHERE, "cache.layout.kv_heads", layout.kv_heads, low=1)
     for name in ("key_dim", "value_dim"):
         checks.check_range(WHERE, f"cache.layout.{name}", getattr(layout, name), low=8, high=1024)
-    if layout.latent and layout.kv_heads != 1:
-        refuse("cache.layout", f"is {layout}", "one head where keys hold the values")
+    if layout.latent and (layout.kv_heads != 1 or layout.value_dim > layout.key_dim):
+        refuse("cache.layout", f"is {layout}", "one head whose keys hold its values")
+
+
+def check_cache(cache: Any) -> None:
+    """Checks what a cache says of itself."""
+    checks.check_type(WHERE, "cache", cache, KVCache, "Use allocate_kv_cache.")
+    layout = cache.layout
+    check_layout(layout)
     checks.check_dtype(WHERE, "cache.words", cache.words, (jnp.int32,))
     shape = tuple(cache.words.shape)
     if len(shape) != 2 or shape[1] != layout.width or shape[0] % layout.page_rows:
@@ -209,6 +215,8 @@ def check_new_rows(call: Call, dims: checks.Dims) -> None:
 def check_options(call: Call, dims: checks.Dims) -> None:
     """Checks the options."""
     heads = call.cache.layout.kv_heads
+    for name in ("causal", "return_lse"):
+        checks.check_type(WHERE, name, getattr(call, name), bool, "It is static.")
     check_window(call, dims)
     if call.ancestors is not None:
         dims.bind("ancestors", call.ancestors, "tokens _")
@@ -231,13 +239,14 @@ def check_options(call: Call, dims: checks.Dims) -> None:
     if call.soft_cap is not None:
         checks.check_range(WHERE, "soft_cap", call.soft_cap, low=0)
     if call.temperature_len is not None:
+        checks.check_type(WHERE, "temperature_len", call.temperature_len, int)
         checks.check_range(WHERE, "temperature_len", call.temperature_len, low=2)
     check_scale_shapes(call, dims, heads)
 
 
 def check_window(call: Call, dims: checks.Dims) -> None:
     """Checks the windows and the number of requests."""
-    if call.window is not None and jnp.ndim(call.window):
+    if call.window is not None and np.ndim(call.window):
         dims.bind("window", call.window, "requests")
         checks.check_dtype(WHERE, "window", call.window, (jnp.int32,))
     elif call.window is not None and not isinstance(call.window, jax.Array | np.integer):
@@ -245,7 +254,7 @@ def check_window(call: Call, dims: checks.Dims) -> None:
             refuse("window", f"is {call.window!r}", "an integer of at least 1, or an int32 array")
         checks.check_range(WHERE, "window", call.window, low=1)
     count = call.num_requests
-    if count is not None and (jnp.ndim(count) or jnp.result_type(count).kind not in "iu"):
+    if count is not None and (np.ndim(count) or jnp.result_type(count).kind not in "iu"):
         refuse("num_requests", f"is {count!r}", "one integer")
 
 
@@ -259,9 +268,24 @@ def check_scale_shapes(call: Call, dims: checks.Dims, heads: int) -> None:
     }
     for name, allowed in shapes.items():
         value = getattr(call, name)
-        if value is not None and jnp.shape(value) not in allowed:
+        if value is not None and np.shape(value) not in allowed:
             expected = " or ".join(str(shape) for shape in allowed)
-            refuse(name, f"has shape {jnp.shape(value)}", f"shape {expected}")
+            refuse(name, f"has shape {np.shape(value)}", f"shape {expected}")
+
+
+def scale_rules(call: Call) -> list[checks.Condition]:
+    """What scales and sinks have to obey."""
+    rules = []
+    for name in ("q_scale", "k_scale", "v_scale"):
+        if (value := getattr(call, name)) is not None:
+            scale = jnp.asarray(value, jnp.float32)
+            bad = ~(jnp.isfinite(scale) & (scale > 0))
+            rules.append(checks.Condition(name, scale, bad, "finite numbers above 0"))
+    if call.sinks is not None:
+        sinks = jnp.asarray(call.sinks, jnp.float32)
+        bad = ~(sinks < jnp.inf)
+        rules.append(checks.Condition("sinks", sinks, bad, "numbers, or -inf for no sink"))
+    return rules
 
 
 def value_rules(call: Call) -> list[checks.Condition]:
@@ -285,11 +309,19 @@ def value_rules(call: Call) -> list[checks.Condition]:
     twin = jnp.zeros_like(written).at[order[1:]].set((same[1:] == same[:-1]) & (same[1:] >= 0))
     previous = jnp.concatenate([cu[:1], cu[:-1]])
     requests = jnp.asarray(batch.num_requests)
+    bounds = jnp.arange(offsets.shape[0]) <= requests
     rules = [
+        *scale_rules(call),
         checks.in_range("num_requests", requests, 0, lens.shape[0] + 1),
         checks.in_range("cu_q_lens", cu, 0, call.q.shape[0] + 1),
         checks.Condition("cu_q_lens", cu, cu < previous, "ascending bounds"),
         checks.Condition("kv_lens", lens, counted & (lens < 0), "lengths of at least 0"),
+        checks.Condition(
+            "page_offsets",
+            offsets,
+            bounds & ((offsets < 0) | (offsets > len(batch.page_indices))),
+            f"0 to {len(batch.page_indices)}, places in the list",
+        ),
         checks.Condition(
             "page_offsets",
             offsets[1:],

@@ -51,9 +51,11 @@ class Dims:
             for any size.
 
         Raises:
-          ArgumentError: the rank is wrong, or a size is not what another argument made it.
+          ArgumentError: it is no array, the rank is wrong, or a size is not what another argument
+            made it.
         """
         wanted = names.split()
+        check_array(self._where, argument, array)
         shape = tuple(array.shape)
         if len(shape) != len(wanted):
             count = f"{len(wanted)} dimension" + ("" if len(wanted) == 1 else "s")
@@ -90,8 +92,28 @@ class Dims:
         )
 
 
+def check_array(where: str, argument: str, array: Any) -> None:
+    """Raises `ArgumentError` unless `array` has a shape and a dtype."""
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        got = "is None" if array is None else f"is a {type(array).__name__}"
+        raise ArgumentError(where=where, argument=argument, got=got, expected="an array")
+
+
+def check_type(where: str, argument: str, value: Any, kind: type, advice: str = "") -> None:
+    """Raises `ArgumentError` unless `value` is a `kind`; a bool is no int."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ArgumentError(
+            where=where,
+            argument=argument,
+            got="is None" if value is None else f"is a {type(value).__name__}",
+            expected=f"a {kind.__name__}" if kind is not int else "an int",
+            advice=advice,
+        )
+
+
 def check_dtype(where: str, argument: str, array: Any, allowed: Collection[Any]) -> None:
     """Raises `ArgumentError` unless the dtype of `array` is among `allowed`."""
+    check_array(where, argument, array)
     names = [jnp.dtype(dtype).name for dtype in allowed]
     name = jnp.dtype(array.dtype).name
     if name not in names:

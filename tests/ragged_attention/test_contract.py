@@ -107,6 +107,15 @@ BAD = {
     "q_scale of key/value heads": (dict(q_scale=jnp.ones(2)), "q_scale", r"has shape \(2,\); needs shape \(\) or \(4,\) or \(8, 1\) or \(8, 4\)"),
     "k_scale of query heads": (dict(k_scale=jnp.ones(4)), "k_scale", r"has shape \(4,\); needs shape \(\) or \(2,\)"),
     "v_scale of tokens": (dict(v_scale=jnp.ones((8, 1))), "v_scale", r"has shape \(8, 1\)"),
+    "no q": (dict(q=None), "q", "is None; needs an array"),
+    "a list of lengths": (dict(kv_lens=[40, 20]), "kv_lens", "is a list; needs an array"),
+    "a list of windows": (dict(window=[40, 20]), "window", "is a list; needs an array"),
+    "causal as array": (dict(causal=jnp.ones((), bool)), "causal", "is a .*Array.*; needs a bool"),
+    "causal by number": (dict(causal=1), "causal", "is a int; needs a bool"),
+    "logarithms by number": (dict(return_lse=1), "return_lse", "is a int; needs a bool"),
+    "temperature of words": (dict(temperature_len="long"), "temperature_len", "is a str; needs an int"),
+    "values wider than latent keys": (dict(cache=cache(latent=True, kv_heads=1, value_dim=136)), "cache.layout", "one head whose keys hold its values"),
+    "heads of a layout": (dict(cache=cache(kv_heads="2")), "cache.layout.kv_heads", "is a str; needs an int"),
 }  # fmt: skip
 
 
@@ -120,6 +129,23 @@ def test_bad_arguments_are_named(name):
         explain(**changes)
     given = {**GOOD, **changes}
     assert not ra.supports(**given, chip="tpu7x")
+
+
+@pytest.mark.parametrize("name", ["bounds_checks", "validate"])
+def test_flags_are_flags(name):
+    with pytest.raises(ArgumentError, match=f"{name} is a int; needs a bool"):
+        call(**{name: 1})
+
+
+def test_a_plan_is_a_plan():
+    plan = dict(queries=16, keys=512)
+    for implementation in ("auto", "interpret"):
+        with pytest.raises(ArgumentError, match="plan is a dict; needs a Plan"):
+            call(plan=plan, implementation=implementation)
+    with pytest.raises(ArgumentError, match="plan is a dict; needs a Plan"):
+        explain(plan=plan)
+    with pytest.raises(ArgumentError, match=r"plan\.keys is a float; needs an int"):
+        explain(plan=dataclasses.replace(PLAN, keys=512.0))
 
 
 def test_an_unknown_implementation_is_named():
@@ -231,6 +257,8 @@ BAD_VALUES = {
     "a page past the pool": (dict(page_indices=ints(0, 1, 12, 3, 4, -1, -1, -1)), r"page_indices has 12 at index \[2\]; needs pages of the pool, 0 to 11"),
     "a negative page": (dict(page_indices=ints(0, 1, 2, -1, 4, -1, -1, -1)), r"page_indices has -1 at index \[3\]"),
     "a page with two writers": (dict(page_indices=ints(0, 1, 2, 3, 2, -1, -1, -1)), r"page_indices has 2 at index \[4\]; needs each page written by one"),
+    "a negative first offset": (dict(page_offsets=ints(-1, 3, 5)), r"page_offsets has -1 at index \[0\]; needs 0 to 8"),
+    "offsets past the list": (dict(page_offsets=ints(3, 6, 9)), r"page_offsets has 9 at index \[2\]; needs 0 to 8"),
 }  # fmt: skip
 
 
@@ -244,6 +272,24 @@ def test_validate_names_the_value_and_its_place(name):
     assert not np.isnan(np.asarray(found.lse)).any()
 
 
+ABOVE = "needs finite numbers above 0"
+BAD_SCALES = {
+    "a NaN scale": (dict(k_scale=jnp.array([1.0, jnp.nan])), rf"k_scale has nan at index \[1\]; {ABOVE}"),
+    "an infinite scale": (dict(v_scale=jnp.inf), rf"v_scale has inf at index \[\]; {ABOVE}"),
+    "a scale of 0": (dict(q_scale=0.0), rf"q_scale has 0.0 at index \[\]; {ABOVE}"),
+    "a negative scale": (dict(q_scale=-jnp.ones((8, 4))), rf"q_scale has -1.0 at index \[0, 0\]; {ABOVE}"),
+    "a NaN sink": (dict(sinks=jnp.array([0, 1, jnp.nan, 2])), r"sinks has nan at index \[2\]; needs numbers, or -inf"),
+    "an infinite sink": (dict(sinks=jnp.array([0, 1, 2, jnp.inf])), r"sinks has inf at index \[3\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_SCALES)
+def test_validate_names_the_scale_and_its_place(name):
+    changes, message = BAD_SCALES[name]
+    with pytest.raises(ArgumentError, match=message):
+        call(**changes, validate=True)
+
+
 GOOD_VALUES = {
     "as they are": {},
     "one request of two": dict(num_requests=jnp.int32(1), kv_lens=ints(40, -9)),
@@ -251,6 +297,8 @@ GOOD_VALUES = {
     "nothing is written": dict(page_indices=ints(0, 1, 2, 3, 2, -1, -1, -1), k=None, v=None),
     "queries elsewhere": dict(query_starts=ints(-3, 99), kv_lens=ints(40, 4)),
     "requests without keys": dict(kv_lens=ints(0, 0), cu_q_lens=ints(0, 0, 0), page_offsets=ints(0, 0, 0)),
+    "scales and sinks": dict(q_scale=jnp.ones((8, 1)), k_scale=0.1, v_scale=jnp.ones(2), sinks=jnp.full(4, -jnp.inf)),
+    "offsets of requests that do not count": dict(num_requests=jnp.int32(1), page_offsets=ints(0, 3, -5)),
     "a table": dict(page_indices=jnp.arange(8, dtype=jnp.int32).reshape(2, 4), page_offsets=None),
 }  # fmt: skip
 
@@ -307,6 +355,8 @@ def latent(**changes):
 
 
 BAD_LATENT = {
+    "no cache": (dict(cache=None), "cache", "is None; needs a KVCache"),
+    "no queries": (dict(q_latent=None), "q_latent", "is None; needs an array"),
     "a cache of heads": (dict(cache=GOOD["cache"]), "cache", "a latent layout of rank 128. Use allocate_mla_cache"),
     "another rank": (dict(q_latent=jnp.ones((8, 4, 64), jnp.bfloat16), latent=jnp.ones((8, 64), jnp.bfloat16)), "cache", "a latent layout of rank 64"),
     "latent alone": (dict(rope=None), "rope", "both of latent and rope, or neither"),
@@ -336,6 +386,11 @@ def test_latents_need_their_scale():
 BAD_CACHES = {
     "page size": (lambda: ra.allocate_kv_cache(4, 24, 2, 128), "page_size is 24; needs 8, 16"),
     "type": (lambda: ra.allocate_kv_cache(4, 16, 2, 128, dtype=jnp.float16), "dtype is 'float16'"),
+    "no type": (lambda: ra.allocate_kv_cache(4, 16, 2, 128, dtype="nonsense"), "dtype is 'nonsense'; needs 'bfloat16'"),
+    "no value": (lambda: ra.allocate_kv_cache(4, 16, 2, 128, 0), "value_dim is 0; needs 8 to 1024"),
+    "heads by name": (lambda: ra.allocate_kv_cache(4, 16, "2", 128), "kv_heads is a str; needs an int"),
+    "pages by name": (lambda: ra.allocate_kv_cache("4", 16, 2, 128), "num_pages is a str; needs an int"),
+    "rank by name": (lambda: ra.allocate_mla_cache(4, 16, "512", 64), "rank is a str; needs an int"),
     "width": (lambda: ra.allocate_kv_cache(4, 16, 2, 4), "key_dim is 4; needs 8 to 1024"),
     "heads": (lambda: ra.allocate_kv_cache(4, 16, 0, 128), "kv_heads is 0"),
     "pages": (lambda: ra.allocate_kv_cache(-1, 16, 2, 128), "num_pages is -1; needs at least 0"),
@@ -351,8 +406,47 @@ def test_impossible_caches_are_refused(name):
         allocate()
 
 
+PAGES = jnp.zeros((3, 16, 4, 128), jnp.float32)  # of two heads
+BAD_PAGES = {
+    "heads of keys": (lambda: ra.pack_pages(PAGES, PAGES[:, :, :2], GOOD["cache"].layout), r"keys has shape .*; needs 2 in dimension 2"),
+    "heads of values": (lambda: ra.pack_pages(PAGES[:, :, :2], PAGES, GOOD["cache"].layout), r"values has shape .*; needs 2 in dimension 2"),
+    "page size": (lambda: ra.pack_pages(PAGES[:, :8, :2], PAGES[:, :8, :2], GOOD["cache"].layout), "needs 16 in dimension 1"),
+    "pages of values": (lambda: ra.pack_pages(PAGES[:, :, :2], PAGES[1:, :, :2], GOOD["cache"].layout), "needs 3 in dimension 0"),
+    "no values": (lambda: ra.pack_pages(PAGES[:, :, :2], None, GOOD["cache"].layout), "values is None; needs None for a latent layout"),
+    "values of latents": (lambda: ra.pack_pages(jnp.zeros((3, 16, 1, 192)), PAGES[:, :, :1], LATENT_CACHE.layout), "values is given"),
+    "too many heads": (lambda: ra.from_interleaved(PAGES[:, :, :, None], 3, 128), r"pages has shape .*; needs \(6, 1, 128\) behind its pages for 3 heads"),
+    "too few heads": (lambda: ra.from_interleaved(PAGES[:, :, :, None], 1, 128), r"needs \(2, 1, 128\)"),
+    "packing of another type": (lambda: ra.from_interleaved(PAGES.reshape(3, 16, 2, 2, 128), 2, 128), r"needs \(4, 1, 128\)"),
+    "too wide": (lambda: ra.from_interleaved(PAGES[:, :, :, None], 2, 256), r"needs \(4, 1, 256\)"),
+    "rank of pages": (lambda: ra.from_interleaved(PAGES, 2, 128), "needs 5 dimensions"),
+    "type of pages": (lambda: ra.from_interleaved(PAGES[:, :, :, None].astype(jnp.int32), 2, 128), "dtype is 'int32'"),
+    "no pages": (lambda: ra.from_interleaved(None, 2, 128), "pages is None; needs an array"),
+    "latents": (lambda: ra.to_interleaved(LATENT_CACHE), "cache has layout .*; needs keys and values of one width"),
+    "two widths": (lambda: ra.to_interleaved(ra.allocate_kv_cache(2, 16, 2, 192, 128)), "needs keys and values of one width"),
+    "no cache": (lambda: ra.to_interleaved(PAGES), "cache is a .*; needs a KVCache"),
+    "sets of logarithms": (lambda: ra.merge_attention_states(jnp.zeros((3, 5, 2, 8)), jnp.zeros((2, 5, 2))), "lse has shape .*; needs 3 in dimension 0"),
+    "heads of logarithms": (lambda: ra.merge_attention_states(jnp.zeros((3, 5, 2, 8)), jnp.zeros((3, 5, 4))), "lse has shape .*; needs 2 in dimension 2"),
+    "rank of logarithms": (lambda: ra.merge_attention_states(jnp.zeros((3, 5, 2, 8)), jnp.zeros((3, 5, 2, 1))), "lse has shape .*; needs 3 dimensions"),
+    "nothing to merge": (lambda: ra.merge_attention_states(jnp.zeros((0, 5, 2, 8)), jnp.zeros((0, 5, 2))), "sets is 0; needs at least 1"),
+    "no outputs": (lambda: ra.merge_attention_states(None, jnp.zeros((3, 5, 2))), "o is None; needs an array"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_PAGES)
+def test_what_does_not_fit_together_is_refused(name):
+    convert, message = BAD_PAGES[name]
+    with pytest.raises(ArgumentError, match=message):
+        convert()
+
+
 def test_update_checks_its_rows():
     rest = [GOOD[name] for name in NAMES[3:]]
+    with pytest.raises(ArgumentError, match="k is None; needs an array"):
+        ra.update_kv_cache(None, None, *rest)
+    with pytest.raises(ArgumentError, match="v is None; needs an array"):
+        ra.update_kv_cache(GOOD["k"], None, *rest)
+    with pytest.raises(ArgumentError, match="cache is None; needs a KVCache"):
+        ra.update_kv_cache(GOOD["k"], GOOD["v"], None, *rest[1:])
     with pytest.raises(ArgumentError, match=r"v has shape \(5, 2, 128\); needs 8"):
         ra.update_kv_cache(GOOD["k"], GOOD["v"][:5], *rest)
 
@@ -360,7 +454,10 @@ def test_update_checks_its_rows():
 def test_context_parallel_attention_checks_its_options():
     for options, message in (
         ({"keys_per_device": 0}, "keys_per_device is 0; needs at least 1"),
-        ({"keys_per_device": 8, "sinks": jnp.zeros(4)}, "sinks is .*; needs None"),
+        ({"keys_per_device": 8.0}, "keys_per_device is a float; needs an int"),
+        ({"keys_per_device": 8, "sinks": jnp.zeros(4)}, "sinks is given; needs nothing"),
+        ({"keys_per_device": 8, "query_starts": ints(0, 0)}, "query_starts is given; .* place"),
+        ({"keys_per_device": 8, "return_lse": True}, "return_lse is given; .* always returned"),
     ):
         with pytest.raises(ArgumentError, match=message):
             ra.context_parallel_attention(*GOOD.values(), axis_name="x", **options)

@@ -108,6 +108,12 @@ def test_partial_results_merge():
     wanted, wanted_lse = attend(slice(0, 30))
     assert np.allclose(merged, wanted, atol=1e-6)
     assert np.allclose(merged_lse, wanted_lse, atol=1e-6)
+    # What a set without keys says does not count; what is not a number is not lost.
+    o, lse = o.at[0, 3].set(np.nan), lse.at[1, 0].set(np.nan).at[:, 4].set(-np.inf)
+    merged, merged_lse = ra.merge_attention_states(o, lse)
+    assert np.isnan(merged[0]).all() and np.isnan(merged_lse[0]).all()
+    assert np.allclose(merged[3], wanted[3], atol=1e-6)
+    assert not np.asarray(merged[4]).any() and np.isneginf(merged_lse[4]).all()
 
 
 def test_a_shared_prefix_is_attended_to_once_and_merged():

@@ -81,6 +81,15 @@ def test_dtype_refusal():
         (checks.check_choice, ("f", "a", "x", ("y",)), "f: a is 'x'; needs 'y'."),
         (checks.check_choice, ("f", "a", 4, (1, 2, 3)), "f: a is 4; needs 1, 2 or 3."),
         (checks.check_multiple, ("f", "a", 12, 8), "f: a is 12; needs a multiple of 8."),
+        (checks.check_array, ("f", "a", None), "f: a is None; needs an array."),
+        (checks.check_dtype, ("f", "a", [1], ["int32"]), "f: a is a list; needs an array."),
+        (
+            checks.check_type,
+            ("f", "a", {}, str, "Write it."),
+            "f: a is a dict; needs a str. Write it.",
+        ),
+        (checks.check_type, ("f", "a", True, int), "f: a is a bool; needs an int."),
+        (checks.check_type, ("f", "a", None, int), "f: a is None; needs an int."),
         (checks.check_range, ("f", "a", 0, 1, 8), "f: a is 0; needs 1 to 8."),
         (checks.check_range, ("f", "a", 9, 1, 8), "f: a is 9; needs 1 to 8."),
         (checks.check_range, ("f", "a", 0, 1), "f: a is 0; needs at least 1."),
@@ -96,6 +105,8 @@ def test_good_values_pass():
     checks.check_dtype("f", "a", jnp.ones(1, jnp.bfloat16), [jnp.float32, jnp.bfloat16])
     checks.check_choice("f", "a", "x", ("y", "x"))
     checks.check_multiple("f", "a", 16, 8)
+    checks.check_type("f", "a", True, bool)
+    checks.check_type("f", "a", 3, int)
     checks.check_range("f", "a", 1, 1, 8)
     checks.check_range("f", "a", 8, 1, 8)
 
