@@ -17,6 +17,8 @@ FlashAttention (arXiv 2205.14135), attention sinks (arXiv 2309.17453), multi-hea
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +28,7 @@ from jax import lax
 
 MAX_KV_LEN = 2**30  # longer requests are cut
 TREE_TOKENS = 64  # a request of at most so many query tokens may have a tree mask
+QUERIES, KEYS = 16, 256  # query tokens and keys that are computed together
 
 
 class Batch(NamedTuple):
@@ -166,20 +169,114 @@ def write(pages: jax.Array, new: jax.Array, batch: Batch) -> jax.Array:
 
 
 def visible(tokens: Tokens, key: jax.Array, masks: Masks) -> jax.Array:
-    """Whether a token sees the keys at positions `key` [L]; fields of `tokens` are scalars."""
-    seen = (key < tokens.kv_len) & (tokens.position >= 0)
-    if masks.causal:
-        before = key <= tokens.position
-        if masks.ancestors is not None:
-            draft = key - tokens.first
-            word = jnp.where(draft < 32, masks.ancestors[0], masks.ancestors[1])
-            bit = (word >> (draft & 31).astype(jnp.uint32)) & 1
-            tree = (draft < 0) | (bit == 1)
-            before = jnp.where(tokens.q_len <= TREE_TOKENS, tree, before)
-        seen &= before
+    """[B, L] whether tokens (fields and ancestors [B, ..]) see the keys at positions `key` [L]."""
+    request, position, first, kv_len, q_len = (field[:, None] for field in tokens)
+    del request
+    before = key <= position
+    if masks.ancestors is not None:
+        draft = key - first
+        word = jnp.where(draft < 32, masks.ancestors[:, :1], masks.ancestors[:, 1:])
+        bit = (word >> (draft & 31).astype(jnp.uint32)) & 1
+        before = jnp.where(q_len <= TREE_TOKENS, (draft < 0) | (bit == 1), before)
+    seen = (key < kv_len) & (position >= 0) & (before | jnp.logical_not(masks.causal))
     if masks.window is not None:
-        seen &= (masks.window <= 0) | (key > tokens.position - masks.window)
+        window = masks.window[:, None]
+        seen &= (window <= 0) | (key > position - window)
     return seen
+
+
+class Block(NamedTuple):
+    """Query tokens that are computed together, of any requests."""
+
+    q: jax.Array  # [B, kv_heads, group, key_dim] f32
+    tokens: Tokens  # fields [B]
+    ancestors: jax.Array | None  # [B, 2]
+    window: jax.Array | None  # [B]
+
+
+class Keys(NamedTuple):
+    """Where keys and values are, and what is done to them; as in `attend`."""
+
+    k_pages: jax.Array
+    v_pages: jax.Array
+    batch: Batch
+    causal: bool
+    logit_scale: jax.Array
+    soft_cap: float | None
+
+    def rows(self, pages: jax.Array, request: jax.Array, key: jax.Array) -> jax.Array:
+        """[L, heads, dim] f32 of a request's positions; zeros where a page is not in the pool."""
+        num_pages, page_size = pages.shape[:2]
+        page = page_of(self.batch, request, key, page_size)
+        legal = (page >= 0) & (page < num_pages)
+        found = pages[jnp.where(legal, page, 0), key % page_size].astype(jnp.float32)
+        return jnp.where(legal[:, None, None], found, 0)
+
+    def logits(self, block: Block, request: jax.Array, key: jax.Array) -> tuple[Any, Any]:
+        """[B, kv_heads, group, L], -inf where a token does not see a key, and [B, L] who does."""
+        seen = visible(block.tokens, key, Masks(self.causal, block.window, block.ancestors))
+        seen &= (block.tokens.request == request)[:, None]
+        k = self.rows(self.k_pages, request, key)
+        s = jnp.einsum("bhgd,lhd->bhgl", block.q, k, precision="highest")
+        s *= self.logit_scale[:, None, None]
+        if self.soft_cap is not None:
+            s = self.soft_cap * jnp.tanh(s / self.soft_cap)
+        return jnp.where(seen[:, None, None], s, -jnp.inf), seen
+
+    def fold(self, tokens: Tokens, step: Callable[..., Any], start: Any) -> Any:
+        """step(request, key [KEYS], so far) for all keys of all requests of some tokens."""
+
+        def keys(r: jax.Array, i: jax.Array, so_far: Any) -> Any:
+            return step(r, i * KEYS + jnp.arange(KEYS), so_far)
+
+        def request(r: jax.Array, so_far: Any) -> Any:
+            end = jnp.max(jnp.where(tokens.request == r, tokens.kv_len, 0))
+            return lax.fori_loop(0, (end + KEYS - 1) // KEYS, functools.partial(keys, r), so_far)
+
+        there = tokens.request < self.batch.kv_lens.shape[0]
+        last = jnp.max(jnp.where(there, tokens.request, -1))
+        return lax.fori_loop(jnp.min(tokens.request), last + 1, request, start)
+
+
+@functools.partial(jax.jit, static_argnames="rounded")
+def attend_blocks(keys: Keys, sinks: jax.Array, blocks: Block, rounded: Any) -> tuple[Any, Any]:
+    """Outputs and logarithms of all blocks, f32, as `attend`; sinks [kv_heads, group]."""
+    return lax.map(functools.partial(attend_block, keys, sinks, rounded), blocks)
+
+
+def attend_block(keys: Keys, sinks: jax.Array, rounded: Any, block: Block) -> tuple[Any, Any]:
+    """One of the blocks.
+
+    Once through all keys for the largest logit, then again for the weights and their sums.
+    """
+
+    def largest(request: jax.Array, key: jax.Array, top: jax.Array) -> jax.Array:
+        return jnp.maximum(top, keys.logits(block, request, key)[0].max(axis=-1))
+
+    def sums(request: jax.Array, key: jax.Array, so_far: Any) -> Any:
+        s, seen = keys.logits(block, request, key)
+        weight = jnp.exp(s - base[..., None]).astype(rounded).astype(jnp.float32)
+        v, (total, o) = keys.rows(keys.v_pages, request, key), so_far
+        finite = jnp.isfinite(v)  # others are NaN to those who see them, and not 0 * NaN to all
+        o += jnp.einsum("bhgl,lhd->bhgd", weight, jnp.where(finite, v, 0), precision="highest")
+        bad = jnp.einsum("bl,lhd->bhd", seen.astype(jnp.float32), (~finite).astype(jnp.float32))
+        return total + weight.sum(axis=-1), jnp.where(bad[:, :, None] > 0, jnp.nan, o)
+
+    given = jax.tree.leaves((block, keys.k_pages, keys.v_pages, keys.batch, keys.logit_scale))
+    zero = varying(jnp.zeros(block.q.shape[:3]), *given, sinks)
+    top = keys.fold(block.tokens, largest, zero + sinks)
+    base = jnp.where(jnp.isneginf(top), 0, top)
+    start = jnp.exp(sinks - base), zero[..., None] + jnp.zeros(keys.v_pages.shape[-1])
+    total, o = keys.fold(block.tokens, sums, start)
+    o = jnp.where(total[..., None] > 0, o / total[..., None], jnp.where(jnp.isnan(o), o, 0))
+    return o, base + jnp.log(total)
+
+
+def varying(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """Lets x differ between the devices of a mesh wherever one of the others does."""
+    axes = [jax.typeof(other).manual_axis_type.varying for other in others]
+    missing = tuple(frozenset().union(*axes))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def attend(
@@ -193,7 +290,6 @@ def attend(
     value_scale: jax.Array,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
-    max_kv_len: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of every query token over its request's keys.
 
@@ -206,56 +302,37 @@ def attend(
       logit_scale, value_scale: [kv_heads] f32.
       soft_cap: limit of the logits.
       sinks: [q_heads] f32 logits that take part in the softmax and have no value.
-      max_kv_len: a bound of kv_lens, to save work; the number of listed pages gives one too.
 
     Returns:
       o [T, q_heads, value_dim] in the type of q, 0 where nothing is visible, and the logarithm of
-      the softmax's denominator [T, q_heads] f32, -inf where it is 0.
+      the softmax's denominator [T, q_heads] f32, -inf where it is 0. A key or value that is not
+      finite makes NaN of the queries that see it.
     """
     num_tokens, q_heads, _ = q.shape
     num_pages, page_size, kv_heads, value_dim = v_pages.shape
-    longest = batch.page_indices.shape[0] * page_size
-    longest = longest if max_kv_len is None else min(longest, max_kv_len)
     tokens = listed_only(tokens_of(batch, num_tokens), batch, page_size)
     requests = batch.kv_lens.shape[0]
-    if not (num_tokens and longest and requests and num_pages):
-        lse = jnp.full((num_tokens, q_heads), -jnp.inf) if sinks is None else sinks
-        return (
-            jnp.zeros((num_tokens, q_heads, value_dim), q.dtype),
-            jnp.broadcast_to(lse.astype(jnp.float32), (num_tokens, q_heads)),
-        )
-    key = jnp.arange(longest)
-    f32, dtype = jnp.float32, q.dtype
-    rounded = f32 if f32 in (q.dtype, k_pages.dtype) else jnp.bfloat16
-
-    def rows(pages: jax.Array, request: jax.Array) -> jax.Array:
-        page = page_of(batch, jnp.minimum(request, requests - 1), key, page_size)
-        legal = (page >= 0) & (page < num_pages)
-        found = pages[jnp.where(legal, page, 0), key % page_size].astype(f32)
-        return jnp.where(legal[:, None, None], found, 0)
-
-    def one(token: Any) -> tuple[jax.Array, jax.Array]:
-        q, token, ancestors, window = token
-        k, v = rows(k_pages, token.request), rows(v_pages, token.request)
-        seen = visible(token, key, Masks(masks.causal, window, ancestors))
-        q = q.reshape(kv_heads, -1, q.shape[-1]).astype(f32)
-        s = jnp.einsum("hgd,lhd->hgl", q, k, precision="highest") * logit_scale[:, None, None]
-        if soft_cap is not None:
-            s = soft_cap * jnp.tanh(s / soft_cap)
-        s = jnp.where(seen, s, -jnp.inf)
-        sink = jnp.full(q_heads, -jnp.inf, f32) if sinks is None else sinks.astype(f32)
-        sink = sink.reshape(kv_heads, -1)
-        top = jnp.maximum(s.max(axis=-1), sink)
-        base = jnp.where(jnp.isneginf(top), 0, top)
-        weight = jnp.exp(s - base[..., None]).astype(rounded).astype(f32)
-        total = weight.sum(axis=-1) + jnp.exp(sink - base)
-        v = jnp.where(seen[:, None, None], v, 0)
-        o = jnp.einsum("hgl,lhd->hgd", weight, v, precision="highest")
-        o = jnp.where(total[..., None] > 0, o / total[..., None], jnp.where(jnp.isnan(o), o, 0))
-        o *= value_scale[:, None, None]
-        return o.reshape(q_heads, -1).astype(dtype), (base + jnp.log(total)).reshape(-1)
-
+    if sinks is None:
+        sinks = jnp.full(q_heads, -jnp.inf)
+    sinks = sinks.astype(jnp.float32)
+    if not (num_tokens and requests and num_pages and batch.page_indices.shape[0]):
+        o = jnp.zeros((num_tokens, q_heads, value_dim), q.dtype)
+        return o, jnp.broadcast_to(sinks, (num_tokens, q_heads))
+    rounded = jnp.float32 if jnp.float32 in (q.dtype, k_pages.dtype) else jnp.bfloat16
+    keys = Keys(k_pages, v_pages, batch, masks.causal, logit_scale, soft_cap)
+    sinks = sinks.reshape(kv_heads, -1)
     window = masks.window
     if window is not None:
         window = jnp.concatenate([window, jnp.zeros(1, window.dtype)])[tokens.request]
-    return lax.map(one, (q, tokens, masks.ancestors, window), batch_size=16)
+    q32 = q.reshape(num_tokens, *sinks.shape, -1).astype(jnp.float32)
+    missing = -num_tokens % QUERIES
+
+    def split(x: jax.Array, filler: int = 0) -> jax.Array:
+        padded = jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), constant_values=filler)
+        return padded.reshape(-1, QUERIES, *x.shape[1:])
+
+    blocks = jax.tree.map(split, Block(q32, tokens, masks.ancestors, window))
+    blocks = blocks._replace(tokens=Tokens(*map(split, tokens, (requests, 0, 0, 0, 0))))
+    o, lse = attend_blocks(keys, sinks, blocks, rounded)
+    o = (o * value_scale[:, None, None]).reshape(-1, q_heads, value_dim).astype(q.dtype)
+    return o[:num_tokens], lse.reshape(-1, q_heads)[:num_tokens]

@@ -224,8 +224,8 @@ def exact(batch: Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if (cap := options.get("soft_cap")) is not None:
                 s = cap * np.tanh(s / cap)
             w, lse[t, h] = softmax(np.where(seen, s, -np.inf), sinks[h])
-            o[t, h] = w @ values[:, kv] * v_scale[kv]
-            size[t, h] = w @ np.abs(values[:, kv]) * abs(v_scale[kv])
+            o[t, h] = w[seen] @ values[seen, kv] * v_scale[kv]
+            size[t, h] = w[seen] @ np.abs(values[seen, kv]) * abs(v_scale[kv])
     return o, lse, size
 
 
