@@ -111,7 +111,8 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
     Returns:
       An `Attention`; 0 for tokens of no request and queries that see nothing. Pages that are not in
       the pool read as zeros and are not written; keys behind the listed pages are not there. Where
-      new rows are written, the rest of their group of 8 rows of words becomes 0.
+      new rows are written, the rest of their group of 8 rows of words becomes 0. NaN stays with the
+      queries that see it, see `layout.contained`.
 
     Raises:
       ArgumentError: an argument that can never work: what it was, what it needs.
@@ -128,10 +129,7 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
     checks.check_choice(
         "ragged_attention", "implementation", implementation, get_args(Implementation)
     )
-    for name, flag in (("bounds_checks", bounds_checks), ("validate", validate)):
-        checks.check_type("ragged_attention", name, flag, bool)
-    if plan is not None:
-        checks.check_type("ragged_attention", "plan", plan, Plan)
+    check_static(plan, bounds_checks=bounds_checks, validate=validate)
     if validate:
         checks.raise_if_bad("ragged_attention", value_rules(call))
     chosen, target = choose(implementation, problem, plan)
@@ -230,6 +228,14 @@ def supports(*args: Any, **kwargs: Any) -> bool:
     except (ArgumentError, UnsupportedError):
         return False
     return True
+
+
+def check_static(plan: Plan | None, **flags: bool) -> None:
+    """Checks what is no array and no part of the problem."""
+    if plan is not None:
+        checks.check_type("ragged_attention", "plan", plan, Plan)
+    for name, flag in flags.items():
+        checks.check_type("ragged_attention", name, flag, bool)
 
 
 def choose(

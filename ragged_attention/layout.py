@@ -154,11 +154,35 @@ class KVCache:
 
 
 def token_rows(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -> jax.Array:
-    """Rows [tokens, width] in the type of the cache. keys: [tokens, kv_heads, key_dim]."""
-    parts = [keys] if layout.latent or values is None else [keys, values]
-    flat = [part.reshape(len(part), -1).astype(layout.dtype) for part in parts]
-    rows = jnp.concatenate(flat, axis=1)
+    """Rows [tokens, width] in the type of the cache. keys: [tokens, kv_heads, key_dim].
+
+    What is not finite in values is moved to their keys, see `contained`.
+    """
+    if values is None:
+        parts = keys[..., : layout.value_dim], keys[..., layout.value_dim :]
+        parts = contained(*(part.astype(layout.dtype) for part in reversed(parts)))[::-1]
+    else:
+        parts = contained(keys.astype(layout.dtype), values.astype(layout.dtype))
+    rows = jnp.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
     return jnp.pad(rows, ((0, 0), (0, layout.width - rows.shape[1])))
+
+
+def contained(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [..., dim] with 0 for values that are not finite, and their keys NaN.
+
+    A weight of 0 times NaN is NaN, also for queries that do not see a token. The logits of a key
+    that is NaN are NaN for the queries that see it, and the mask keeps them from the others. Not so
+    int8, which has no NaN, and latents without a rotated part, whose keys are the values: of those,
+    as of values put into pages by others, one that is not finite reaches all queries of its request
+    that are computed together.
+    """
+    width = keys.shape[-1]
+    if not (width and jnp.issubdtype(values.dtype, jnp.floating)):
+        return keys, values  # no lane, or no value, can say so
+    bad = ~jnp.isfinite(values.astype(jnp.float32))
+    lanes = jnp.pad(bad, [(0, 0)] * (bad.ndim - 1) + [(0, -bad.shape[-1] % width)])
+    folded = lanes.reshape(*lanes.shape[:-1], -1, width).any(axis=-2)
+    return jnp.where(folded, jnp.nan, keys), jnp.where(bad, 0, values)
 
 
 def pack_pages(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -> KVCache:
