@@ -126,10 +126,7 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
         query_starts, return_lse,
     )  # fmt: skip
     problem = problem_of(call)
-    checks.check_choice(
-        "ragged_attention", "implementation", implementation, get_args(Implementation)
-    )
-    check_static(plan, bounds_checks=bounds_checks, validate=validate)
+    check_static(implementation, plan, bounds_checks=bounds_checks, validate=validate)
     if validate:
         checks.raise_if_bad("ragged_attention", value_rules(call))
     chosen, target = choose(implementation, problem, plan)
@@ -230,8 +227,11 @@ def supports(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def check_static(plan: Plan | None, **flags: bool) -> None:
+def check_static(implementation: Implementation, plan: Plan | None, **flags: bool) -> None:
     """Checks what is no array and no part of the problem."""
+    checks.check_choice(
+        "ragged_attention", "implementation", implementation, get_args(Implementation)
+    )
     if plan is not None:
         checks.check_type("ragged_attention", "plan", plan, Plan)
     for name, flag in flags.items():
