@@ -3,10 +3,11 @@
 from gla.api import SUPPORTED_CHIPS, explain, gla, gla_batch, supports
 from gla.decay import fla_decay, ling_decay
 from gla.plan import Explanation, Plan
-from reference.gla import HeadDecay, TokenDecay
+from reference.gla import ChannelDecay, HeadDecay, TokenDecay
 
 __all__ = [
     "SUPPORTED_CHIPS",
+    "ChannelDecay",
     "Explanation",
     "HeadDecay",
     "Plan",

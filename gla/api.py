@@ -12,13 +12,18 @@ from gla.kernel import gla_kernel
 from gla.plan import DIMS, DTYPES, Explanation, Plan, Problem, plan_for
 from gla.schedule import ROWS, Batch
 from reference import gla as reference
-from reference.gla import Decay, HeadDecay, TokenDecay
+from reference.gla import ChannelDecay, Decay, HeadDecay, TokenDecay
 from tpukit import checks
 from tpukit.chips import Chip, current_chip
 from tpukit.chips import chip as chip_named
 from tpukit.errors import ArgumentError, UnsupportedError
 
 Implementation = Literal["auto", "pallas", "interpret", "reference"]
+DECAY_SHAPES = {
+    HeadDecay: "heads",
+    TokenDecay: "tokens heads",
+    ChannelDecay: "tokens heads key_dim",
+}
 SUPPORTED_CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
 
 
@@ -41,7 +46,8 @@ def gla(
     """Gated linear attention over a ragged batch that mixes prefill and decode in any order.
 
     Per head, with state S [key_dim, value_dim]: S_t = e^(g_t) S_{t-1} + k_t^T v_t and
-    o_t = scale * q_t S_t. One kernel; states are read and written in place in the pool (donate it).
+    o_t = scale * q_t S_t; with a decay per key channel, e^(g_t) scales the rows of S. One kernel;
+    states are read and written in place in the pool (donate it).
 
     Args:
       q, k: [tokens, qk_heads, key_dim] bfloat16 or float32. A reshape of the flat projection
@@ -57,8 +63,8 @@ def gla(
         number of them, none included. Made monotone and clipped to [0, tokens]. Rows of no request
         give 0.
       has_state: [requests] bool, whether a request resumes from its slot or starts from zero.
-      decay: `HeadDecay(g [heads])` or `TokenDecay(g [tokens, heads])`, log decays per token,
-        clipped to [-30, 0].
+      decay: `HeadDecay(g [heads])`, `TokenDecay(g [tokens, heads])` or `ChannelDecay(g [tokens,
+        heads, key_dim])`, log decays per token, clipped to [-30, 0].
       scale: of the output, a Python number; key_dim ** -0.5 by default.
       batch_invariant: no bit of a request's result may depend on the rest of the batch. Otherwise
         rounding also depends on the request's first row modulo 16. Costs an eighth of prefill.
@@ -113,7 +119,8 @@ def gla_batch(
     Args:
       q, k: [batch, time, qk_heads, key_dim].
       v: [batch, time, heads, value_dim].
-      decay: `HeadDecay(g [heads])` or `TokenDecay(g [batch, time, heads])`.
+      decay: `HeadDecay(g [heads])`, `TokenDecay(g [batch, time, heads])` or `ChannelDecay(g [batch,
+        time, heads, key_dim])`.
       scale: of the output, key_dim ** -0.5 by default.
       initial_state: [batch, heads, key_dim, value_dim], zero by default.
       batch_invariant, implementation, plan: as in `gla`.
@@ -134,9 +141,10 @@ def gla_batch(
     if initial_state is not None:
         dims.bind("initial_state", initial_state, "batch heads key_dim value_dim")
     state = jnp.zeros(shape, jnp.float32) if initial_state is None else initial_state
-    if isinstance(decay, TokenDecay):
-        dims.bind("decay.g", decay.g, "batch time heads")
-        decay = TokenDecay(decay.g.reshape(batch * time, -1))
+    if not isinstance(decay, HeadDecay):
+        more = " key_dim" if isinstance(decay, ChannelDecay) else ""
+        dims.bind("decay.g", decay.g, "batch time heads" + more)
+        decay = type(decay)(decay.g.reshape(batch * time, *decay.g.shape[2:]))
     q, k, rows = (x.reshape(batch * time, *x.shape[2:]) for x in (q, k, v))
     o, state = gla(
         q,
@@ -213,14 +221,14 @@ def problem_of(
     dims.bind("slot_ids", slot_ids, "requests")
     dims.bind("cu_seqlens", cu_seqlens, "requests+1")
     dims.bind("has_state", has_state, "requests")
-    if not isinstance(decay, HeadDecay | TokenDecay):
+    if type(decay) not in DECAY_SHAPES:
         raise ArgumentError(
             where="gla",
             argument="decay",
             got=f"is a {type(decay).__name__}",
-            expected="HeadDecay(g) or TokenDecay(g)",
+            expected="HeadDecay(g), TokenDecay(g) or ChannelDecay(g)",
         )
-    dims.bind("decay.g", decay.g, "heads" if isinstance(decay, HeadDecay) else "tokens heads")
+    dims.bind("decay.g", decay.g, DECAY_SHAPES[type(decay)])
     checks.check_dtype("gla", "q", q, DTYPES)
     checks.check_dtype("gla", "k", k, (q.dtype,))
     checks.check_dtype("gla", "v", v, (q.dtype,))
@@ -246,8 +254,9 @@ def problem_of(
         value_dim=dims["value_dim"],
         dtype=jnp.dtype(q.dtype),
         state_dtype=jnp.dtype(state_pool.dtype),
-        per_token=isinstance(decay, TokenDecay),
+        per_token=not isinstance(decay, HeadDecay),
         batch_invariant=bool(batch_invariant),
+        per_channel=isinstance(decay, ChannelDecay),
     )
 
 
@@ -336,7 +345,9 @@ def launch(
         return jnp.pad(flat, ((0, padding), (0, 0))) if padding else flat
 
     g = decay.g
-    if problem.per_token:
+    if problem.per_channel:
+        g = rows(g)
+    elif problem.per_token:
         g = rows(g).reshape(problem.num_tokens, -1, plan.heads).swapaxes(0, 1)
     slot_ids, cu_seqlens, has_state = batch
     scalars = Batch(slot_ids, jnp.minimum(cu_seqlens, num_tokens), has_state.astype(jnp.int32))

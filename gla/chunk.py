@@ -44,6 +44,11 @@ class Scored(NamedTuple):
     carried: jax.Array  # [W, value_dim] f32
 
 
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    """int32 index along `axis`."""
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
 def matmul(
     a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> jax.Array:
@@ -54,6 +59,16 @@ def matmul(
     )
 
 
+def pairs(rows: jax.Array, k: jax.Array, decays: Decays) -> jax.Array:
+    """[W, W] f32 products of rows [W, key_dim] with decayed keys up to their own."""
+    return matmul(rows, k, NT) * decays.within
+
+
+def read(rows: jax.Array, state: jax.Array, decays: Decays) -> jax.Array:
+    """[W, value_dim] f32 products of rows [W, key_dim] with the state as it has decayed by then."""
+    return matmul(rows, state.astype(rows.dtype), NN) * decays.since
+
+
 def score(q: jax.Array, k: jax.Array, state: jax.Array, decays: Decays) -> Scored:
     """Weights of the chunk's own tokens and the contribution of the state before it.
 
@@ -62,9 +77,7 @@ def score(q: jax.Array, k: jax.Array, state: jax.Array, decays: Decays) -> Score
       state: [key_dim, value_dim] f32.
       decays: of this head.
     """
-    weights = matmul(q, k, NT) * decays.within
-    carried = matmul(q, state.astype(q.dtype), NN) * decays.since
-    return Scored(weights.astype(q.dtype), carried)
+    return Scored(pairs(q, k, decays).astype(q.dtype), read(q, state, decays))
 
 
 def advance(k: jax.Array, v: jax.Array, state: jax.Array, decays: Decays) -> jax.Array:
@@ -74,5 +87,5 @@ def advance(k: jax.Array, v: jax.Array, state: jax.Array, decays: Decays) -> jax
 
 
 def output(scored: Scored, v: jax.Array) -> jax.Array:
-    """The chunk's output, [W, value_dim] in the type of v."""
-    return (matmul(scored.weights, v, NN) + scored.carried).astype(v.dtype)
+    """The chunk's output, [W, value_dim] f32."""
+    return matmul(scored.weights, v, NN) + scored.carried

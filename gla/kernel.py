@@ -18,12 +18,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gla import chunk
+from gla import channel, chunk
 from gla.plan import Plan, Problem, vmem_allowed
 from gla.plumbing import Operands, Plumbing, Scratch
-from gla.recurrent import decode_token, stage, unstage
+from gla.recurrent import decode_token, pick, stage, unstage
 from gla.schedule import CHUNK, FIRST, FRESH, LAST, NULL, ROWS, RUN, SKIP, Batch, list_items
-from gla.tables import iota
+from gla.shift import shift_rows
+from gla.tables import ChannelTables, iota
+from reference.gla import clip_log_decay
 
 Ref = Any
 
@@ -35,7 +37,7 @@ class HalfDone(NamedTuple):
     k: jax.Array
     v: jax.Array
     state: jax.Array
-    decays: chunk.Decays
+    decays: Any  # of chunk or of channel
     scored: chunk.Scored
 
 
@@ -111,7 +113,9 @@ class Walk(Plumbing):
         slot, begin = self.inputs.slot(item), self.begin(item)
         group = pl.ds(0, ROWS)
         staged = self.vmem.staged
-        stage(staged, self.vmem.q[slot, group])
+        stage(staged.q, self.vmem.q[slot, group])
+        if isinstance(self.tables, ChannelTables):
+            stage(staged.decay, jnp.exp(clip_log_decay(self.tables.steps[slot, group])))
 
         def token(i: jax.Array, _: None) -> None:
             request, row = self.schedule.request[item] + i, begin + i
@@ -136,6 +140,12 @@ class Walk(Plumbing):
     def decode(self, state: Ref, slot: jax.Array, row: jax.Array) -> None:
         """One token through all heads of the block."""
         staged, width = self.vmem.staged, self.problem.value_dim
+
+        def decay(h: int) -> jax.Array:
+            if isinstance(self.tables, ChannelTables):
+                return pick(staged.decay[h], row, width)
+            return self.tables.token(h, slot, row, width)
+
         for heads in self.sets:
             done = [
                 decode_token(
@@ -143,7 +153,7 @@ class Walk(Plumbing):
                     self.vmem.k[slot, :ROWS, self.key_lanes(h)],
                     self.vmem.v[slot, :ROWS, self.value_lanes(h)],
                     state[h].astype(jnp.float32),
-                    self.tables.token(h, slot, row, width),
+                    decay(h),
                     row,
                 )
                 for h in heads
@@ -181,7 +191,9 @@ class Walk(Plumbing):
             def _() -> None:
                 state[...] = buffer[...].astype(jnp.float32)
 
-        begin, end = self.begin(item), self.end(item)
+        if self.problem.shifted:
+            self.shift(item)
+        begin, end = self.place(item)
         size = jnp.int32(self.plan.window)
         for smaller in reversed(self.plan.windows):
             size = jnp.where(end <= smaller, smaller, size)
@@ -192,11 +204,31 @@ class Walk(Plumbing):
             def _(window: int = window) -> None:
                 self.chunk_heads(item, state, window)
 
+        if self.problem.shifted:
+            shift_rows(self.vmem.o.at[self.outputs.slot(item)], self.begin(item))
+
         @pl.when(kind & LAST != 0)
         def _() -> None:
             if narrow:
                 buffer[...] = state[...].astype(buffer.dtype)
             self.stores.start(request)
+
+    def place(self, item: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First row and end of a chunk in its window while it is computed."""
+        if self.problem.shifted:
+            return jnp.int32(0), self.schedule.rows[item]
+        return self.begin(item), self.end(item)
+
+    def shift(self, item: jax.Array) -> None:
+        """Moves a chunk's rows to the start of their windows."""
+        slot, begin = self.inputs.slot(item), self.begin(item)
+        for window in (self.vmem.q, self.vmem.k, self.vmem.v, *self.gates):
+            shift_rows(window.at[slot], jnp.where(begin > 0, self.plan.window - begin, 0))
+
+    @property
+    def gates(self) -> tuple[Ref, ...]:
+        """Windows of what differs from token to token, beside q, k and v, and is 0 outside."""
+        return (self.tables.steps,) if isinstance(self.tables, ChannelTables) else ()
 
     def clear_outside(
         self, slot: jax.Array, begin: jax.Array, end: jax.Array, size: jax.Array
@@ -205,7 +237,7 @@ class Walk(Plumbing):
 
         def clear(group: jax.Array) -> None:
             start = pl.multiple_of(group * ROWS, ROWS)
-            for window in (self.vmem.k, self.vmem.v):
+            for window in (self.vmem.k, self.vmem.v, *self.gates):
                 rows = window.at[slot, pl.ds(start, ROWS)]
                 values = rows[...].astype(jnp.float32)
                 row = start + iota(values.shape, 0)
@@ -217,18 +249,25 @@ class Walk(Plumbing):
             clear(jnp.int32(0))
             lax.fori_loop(end // ROWS, size // ROWS, lambda group, _: clear(group), None)
 
+    def decays(self, h: int, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> Any:
+        """Decay factors of head h over a window of `size` rows."""
+        dims = (self.problem.key_dim, self.problem.value_dim)
+        if isinstance(self.tables, ChannelTables):
+            return self.tables.window(h, slot, size, dims[0])
+        return self.tables.chunk(h, begin, end, size, dims)
+
     def chunk_heads(self, item: jax.Array, state: Ref, size: int) -> None:
         """All heads in sets, the second half of a set beside the first half of the next."""
         slot, out = self.inputs.slot(item), self.outputs.slot(item)
-        begin, end = self.begin(item), self.end(item)
+        begin, end = self.place(item)
         self.tables.open(slot, begin, end, size)
-        dims = (self.problem.key_dim, self.problem.value_dim)
 
         def finish(half_done: list[HalfDone]) -> None:
             for x in half_done:
                 state[x.head] = chunk.advance(x.k, x.v, x.state, x.decays)
             for x in half_done:
-                self.vmem.o[out, :size, self.value_lanes(x.head)] = chunk.output(x.scored, x.v)
+                o = chunk.output(x.scored, x.v) * self.late_scale
+                self.vmem.o[out, :size, self.value_lanes(x.head)] = o.astype(self.vmem.o.dtype)
 
         half_done: list[HalfDone] = []
         for heads in self.sets:
@@ -236,8 +275,9 @@ class Walk(Plumbing):
             k = [self.vmem.k[slot, :size, self.key_lanes(h)] for h in heads]
             v = [self.vmem.v[slot, :size, self.value_lanes(h)] for h in heads]
             before = [state[h] for h in heads]
-            decays = [self.tables.chunk(h, begin, end, size, dims) for h in heads]
-            scored = [chunk.score(*args) for args in zip(q, k, before, decays, strict=True)]
+            decays = [self.decays(h, slot, begin, end, size) for h in heads]
+            score = channel.score if self.problem.per_channel else chunk.score
+            scored = [score(*args) for args in zip(q, k, before, decays, strict=True)]
             finish(half_done)
             fields = zip(heads, k, v, before, decays, scored, strict=True)
             half_done = [HalfDone(*args) for args in fields]

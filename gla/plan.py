@@ -34,7 +34,8 @@ class Problem:
       key_dim, value_dim: width of a head of q and k, and of v.
       dtype: of q, k, v and the output.
       state_dtype: of the state pool.
-      per_token: the decay is a scalar per token and head, not a constant per head.
+      per_token: decays differ from token to token; they are not constants of the heads.
+      per_channel: and from key channel to key channel.
       batch_invariant: no bit of a request's result may depend on the rest of the batch.
     """
 
@@ -49,10 +50,16 @@ class Problem:
     state_dtype: jnp.dtype
     per_token: bool
     batch_invariant: bool
+    per_channel: bool = False
 
     def limits(self, plan: Plan) -> Limits:
         """What the schedule depends on."""
         return Limits(self.num_tokens, self.num_slots, plan.window, self.batch_invariant)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether chunks are moved to the start of their windows, lest rounding depend on it."""
+        return self.batch_invariant and self.per_channel
 
     @property
     def group(self) -> int:
@@ -136,6 +143,11 @@ def vmem_bytes(problem: Problem, plan: Plan) -> int:
         total += padded((h, *state), jnp.float32)
     total += padded((h // problem.group, problem.key_dim, LANES), jnp.float32)
     total += padded((h, ROWS, problem.value_dim), jnp.float32)
+    if problem.per_channel:
+        total += padded((h, problem.key_dim, LANES), jnp.float32)
+        terms = 1 if problem.dtype == jnp.float32 else 2
+        total += sum(padded((4 * size, terms * size), problem.dtype) for size in plan.windows)
+        return total + plan.inputs * padded((w, h * problem.key_dim), jnp.float32)
     if problem.per_token:
         return total + (plan.inputs + 1) * padded((w, h), jnp.float32) + padded((h, w), jnp.float32)
     return (
@@ -145,7 +157,8 @@ def vmem_bytes(problem: Problem, plan: Plan) -> int:
 
 def vmem_allowed(problem: Problem, plan: Plan) -> int:
     """Bytes of VMEM to ask the compiler for: the buffers, and room for values that are spilled."""
-    return vmem_bytes(problem, plan) * 9 // 8 + 4 * 2**20
+    values = 8 if problem.per_channel else 4
+    return vmem_bytes(problem, plan) * 9 // 8 + values * 2**20
 
 
 def scalars(problem: Problem, plan: Plan) -> int:
@@ -174,8 +187,9 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
         refuse("heads", f"all heads, or a number whose widths {lanes} are multiples of {LANES}")
     if plan.interleave < 1 or plan.heads % plan.interleave:
         refuse("interleave", f"a divisor of plan.heads = {plan.heads}")
-    if plan.window not in (32, 64, 128, 256):
-        refuse("window", "32, 64, 128 or 256")
+    windows = (32, 64, 128) if problem.per_channel else (32, 64, 128, 256)
+    if plan.window not in windows:
+        refuse("window", f"one of {windows}")
     for field in ("inputs", "states"):
         value = getattr(plan, field)
         if value < 2 or value & (value - 1):
@@ -234,6 +248,7 @@ SCHEMA = tuning.Schema(
         "value_dim": int,
         "group": int,
         "per_token": bool,
+        "per_channel": bool,
     },
     bucketed=("heads",),
     plan=dict.fromkeys((field.name for field in dataclasses.fields(Plan)), int),
@@ -265,6 +280,7 @@ def key(problem: Problem) -> dict[str, tuning.Value]:
         "value_dim": problem.value_dim,
         "group": problem.group,
         "per_token": problem.per_token,
+        "per_channel": problem.per_channel,
         "heads": problem.heads,
     }
 

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gla.plan import Plan, Problem
 from gla.recurrent import Staged
 from gla.schedule import ROWS, SKIP, Batch, Schedule, group_start, in_group
-from gla.tables import LANES, ConstantTables, TokenTables
+from gla.tables import LANES, ChannelTables, ConstantTables, TokenTables
 from tpukit.buffers import Index, Stream
 
 Ref = Any
@@ -25,7 +25,7 @@ class Operands(NamedTuple):
     q: Ref  # [T, qk_heads * key_dim]
     k: Ref  # [T, qk_heads * key_dim]
     v: Ref  # [T, heads * value_dim]
-    log_decay: Ref  # f32, constant: [heads] in SMEM; per token: [heads / h, T, h]
+    log_decay: Ref  # f32; [heads] in SMEM, [heads / h, T, h] or [T, heads * key_dim]
     pool: Ref  # [slots, heads, key_dim, value_dim]
     o: Ref  # [T, heads * value_dim]
 
@@ -55,6 +55,7 @@ class Scratch(NamedTuple):
         state = (plan.heads, problem.key_dim, problem.value_dim)
         narrow = problem.state_dtype != jnp.float32
         tables = TokenTables if problem.per_token else ConstantTables
+        tables = ChannelTables if problem.per_channel else tables
         return Scratch(
             schedule=Schedule.shapes(problem.limits(plan), problem.num_requests),
             q=pltpu.VMEM((plan.inputs, *qk), problem.dtype),
@@ -85,13 +86,21 @@ class Plumbing:
     vmem: Scratch
 
     @property
-    def tables(self) -> ConstantTables | TokenTables:
+    def tables(self) -> ConstantTables | TokenTables | ChannelTables:
         """Where decay factors come from."""
+        if self.problem.per_channel:
+            steps, *sums = self.vmem.tables
+            return ChannelTables(steps, tuple(sums))
         if self.problem.per_token:
             steps, sums, columns = self.vmem.tables
             return TokenTables(steps, sums, columns, self.scale)
         within, rising, falling = self.vmem.tables
         return ConstantTables(within, rising, falling)
+
+    @property
+    def late_scale(self) -> float:
+        """What of the scale is not in the decay factors."""
+        return self.scale if self.problem.per_channel else 1.0
 
     @property
     def schedule(self) -> Schedule:

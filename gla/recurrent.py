@@ -27,20 +27,22 @@ class Staged(NamedTuple):
 
     q: Ref  # [h / group, key_dim, LANES] f32: lane i holds q of row i
     o: Ref  # [h, ROWS, value_dim] f32
+    decay: Ref  # [h, key_dim, LANES] f32: lane i holds the decays of row i, if they are per channel
 
     @staticmethod
     def shapes(problem: Problem, plan: Plan) -> Staged:
         """Shapes of the fields."""
         columns = (plan.heads // problem.group, problem.key_dim, LANES)
         outputs = (plan.heads, ROWS, problem.value_dim)
-        return Staged(pltpu.VMEM(columns, jnp.float32), pltpu.VMEM(outputs, jnp.float32))
+        decays = (plan.heads, problem.key_dim, LANES) if problem.per_channel else (1, 8, LANES)
+        return Staged(*(pltpu.VMEM(shape, jnp.float32) for shape in (columns, outputs, decays)))
 
 
-def stage(staged: Staged, q: jax.Array) -> None:
-    """Turns the rows of q [ROWS, h / group * key_dim] into columns."""
-    heads, key_dim, _ = staged.q.shape
+def stage(columns: Ref, rows: jax.Array) -> None:
+    """Turns rows [ROWS, n * key_dim] into columns: lane i of [n, key_dim, LANES] holds row i."""
+    heads, key_dim, _ = columns.shape
     for h in range(heads):
-        staged.q[h, :, :ROWS] = q[:, h * key_dim : (h + 1) * key_dim].astype(jnp.float32).T
+        columns[h, :, :ROWS] = rows[:, h * key_dim : (h + 1) * key_dim].astype(jnp.float32).T
 
 
 def unstage(staged: Staged) -> jax.Array:
@@ -71,7 +73,7 @@ def decode_token(
       k: [ROWS, key_dim] of its group.
       v: [ROWS, value_dim] of its group.
       state: [key_dim, value_dim] f32.
-      decay: [1, 1 or value_dim].
+      decay: [1 or key_dim, 1 or value_dim].
       row: row of the token in its group.
 
     Returns:

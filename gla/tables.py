@@ -1,8 +1,9 @@
 """Decay factors inside the kernel: where they come from and how a head reads them.
 
-Two sources with one face. `ConstantTables` (one log decay per head) builds tables of powers once
-per grid step and only slices them afterwards. `TokenTables` (one log decay per token and head) sums
-a window's log decays once per item and takes exponentials of their differences.
+Sources with one face. `ConstantTables` (one log decay per head) builds tables of powers once per
+grid step and only slices them afterwards. `TokenTables` (one log decay per token and head) sums a
+window's log decays once per item and takes exponentials of their differences. `ChannelTables` (one
+per token and key channel) fetches them; `gla.channel` does the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gla.chunk import Decays
+from gla import channel
+from gla.chunk import Decays, iota
 from gla.plan import Plan, Problem
 from gla.schedule import ROWS
 from reference.gla import clip_log_decay
@@ -28,11 +30,6 @@ LANES = 128
 def spread(x: jax.Array, width: int) -> jax.Array:
     """X [n, LANES], the same in all lanes, as [n, width]."""
     return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
-
-
-def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
-    """int32 index along `axis`."""
-    return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def power(g: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -173,3 +170,49 @@ class TokenTables:
     def token(self, h: int, slot: jax.Array, row: jax.Array, width: int) -> jax.Array:
         """[1, 1] decay of the token in row `row` of the window in buffer `slot`."""
         return jnp.exp(clip_log_decay(self.steps[slot, pl.ds(row, 1), h : h + 1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelTables:
+    """A window's log decays per key channel; P = plan.inputs, W = plan.window, h = plan.heads.
+
+    Attributes:
+      steps: [P, W, h * key_dim] log decays as fetched, then 0 outside the chunk.
+      sums: per window size `channel.short_sums`; f32, or bf16 and twice side by side.
+    """
+
+    steps: Ref
+    sums: tuple[Ref, ...]
+
+    @staticmethod
+    def shapes(problem: Problem, plan: Plan) -> list[Any]:
+        """Shapes of the attributes."""
+        steps = (plan.inputs, plan.window, plan.heads * problem.key_dim)
+        terms = 1 if problem.dtype == jnp.float32 else 2
+        sums = [pltpu.VMEM((4 * size, terms * size), problem.dtype) for size in plan.windows]
+        return [pltpu.VMEM(steps, jnp.float32), *sums]
+
+    def build(self, log_decay: Ref, block: jax.Array, scale: float) -> None:
+        """Fills the matrices of sums."""
+        for sums in self.sums:
+            size = sums.shape[0] // 4
+            for lane in range(0, sums.shape[1], size):
+                sums[:, lane : lane + size] = channel.short_sums(size).astype(sums.dtype)
+
+    def copies(
+        self, log_decay: Ref, block: jax.Array, rows: Any, slot: jax.Array, sem: Ref
+    ) -> list[Any]:
+        """DMAs of an item. log_decay: [T, heads * key_dim] f32 in HBM."""
+        width = self.steps.shape[2]
+        first = 0 if width == log_decay.shape[1] else pl.multiple_of(block * width, LANES)
+        source = log_decay.at[rows, pl.ds(first, width)]
+        return [pltpu.make_async_copy(source, self.steps.at[slot, pl.ds(0, rows.size)], sem)]
+
+    def open(self, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> None:
+        """Prepares an item: nothing to do."""
+
+    def window(self, h: int, slot: jax.Array, size: int, key_dim: int) -> channel.Decays:
+        """Factors of head h over the first `size` rows of a window."""
+        sums = next(sums for sums in self.sums if sums.shape[0] == 4 * size)
+        steps = self.steps[slot, :size, h * key_dim : (h + 1) * key_dim]
+        return channel.decays_of(clip_log_decay(steps), sums[...])

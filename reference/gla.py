@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from reference.gla_channel import decayed_products
+
 # e^-30 forgets everything in f32; sums of lower values would lose their digits
 MIN_LOG_DECAY = -30.0
 
@@ -50,7 +52,20 @@ class TokenDecay:
     g: jax.Array
 
 
-Decay = HeadDecay | TokenDecay
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChannelDecay:
+    """One decay per token, head and key channel (GLA, KDA).
+
+    Attributes:
+      g: [tokens, heads, key_dim] log decay, <= 0, of the rows of the state; in the batch form
+        [batch, tokens, heads, key_dim].
+    """
+
+    g: jax.Array
+
+
+Decay = HeadDecay | TokenDecay | ChannelDecay
 
 
 def clip_log_decay(g: jax.Array) -> jax.Array:
@@ -101,9 +116,11 @@ def initial_states(state_pool: jax.Array, plan: Requests, dtype: DTypeLike) -> j
 
 
 def token_decays(decay: Decay, num_tokens: int, dtype: DTypeLike) -> jax.Array:
-    """[tokens, heads] clipped log decay of every token."""
+    """[tokens, heads, 1 or key_dim] clipped log decay of every token."""
     g = clip_log_decay(decay.g.astype(dtype))
-    return g if isinstance(decay, TokenDecay) else jnp.broadcast_to(g, (num_tokens, g.shape[0]))
+    if isinstance(decay, HeadDecay):
+        g = jnp.broadcast_to(g, (num_tokens, g.shape[0]))
+    return g if isinstance(decay, ChannelDecay) else g[..., None]
 
 
 def recurrent(
@@ -149,7 +166,7 @@ def recurrent(
 
     def step(states: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q_t, k_t, v_t, g_t, n, live = token
-        state = jnp.exp(g_t)[:, None, None] * states[n] + k_t[:, :, None] * v_t[:, None, :]
+        state = jnp.exp(g_t)[..., None] * states[n] + k_t[:, :, None] * v_t[:, None, :]
         o_t = factor * jnp.einsum("hk,hkv->hv", q_t, state, precision=lax.Precision.HIGHEST)
         return states.at[n].set(jnp.where(live, state, states[n])), jnp.where(live, o_t, 0)
 
@@ -184,7 +201,7 @@ def chunked(
         S'  = e^(b_last) S  +  sum_j e^(b_last - b_j) k_j v_j
 
     Args:
-      chunk: tokens per chunk.
+      chunk: tokens per chunk; a power of two if decays are per channel.
       operands: type to which the operands of every matrix product are rounded; sums are f32.
 
     Other arguments and returns as in `recurrent`.
@@ -216,12 +233,19 @@ def chunked(
     group = heads // q.shape[1]
     q, k = (jnp.repeat(gather(x), group, axis=1) for x in (q, k))
     v_in = gather(v)
-    b = jnp.cumsum(gather(token_decays(decay, num_tokens, jnp.float32)), axis=-1)  # [c, h, i]
-    last = b[..., -1:]
-    causal = jnp.tril(jnp.ones((chunk, chunk), bool))
-    within = jnp.exp(jnp.where(causal, b[..., :, None] - b[..., None, :], -jnp.inf))
-    weights = product("chid,chjd->chij", q, k) * within
-    update = product("chjk,chjv->chkv", k * jnp.exp(last - b)[..., None], v_in)
+    g = gather(token_decays(decay, num_tokens, jnp.float32))  # [c, h, i, 1 or key_dim]
+    b = jnp.cumsum(g, axis=2)
+    last = b[:, :, -1]
+    if isinstance(decay, ChannelDecay):
+        weights = decayed_products(q, k, g, product)
+        rest = jnp.pad(g[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
+        until = jnp.exp(lax.cumsum(rest, axis=2, reverse=True))
+    else:
+        causal = jnp.tril(jnp.ones((chunk, chunk), bool))
+        within = jnp.exp(jnp.where(causal, b - b.swapaxes(2, 3), -jnp.inf))
+        weights = product("chid,chjd->chij", q, k) * within
+        until = jnp.exp(last[:, :, None] - b)
+    update = product("chjk,chjv->chkv", k * until, v_in)
 
     starts = initial_states(state_pool, reqs, jnp.float32)
     opens = index == (ends - pieces)[owner]
@@ -234,7 +258,11 @@ def chunked(
 
     _, (before, after) = lax.scan(step, jnp.zeros_like(starts[0]), (opens, owner, last, update))
     o = product("chij,chjv->chiv", weights, v_in)
-    o = factor * (o + jnp.exp(b)[..., None] * product("chik,chkv->chiv", q, before))
+    if isinstance(decay, ChannelDecay):
+        carried = product("chik,chkv->chiv", jnp.exp(b) * q, before)
+    else:
+        carried = jnp.exp(b) * product("chik,chkv->chiv", q, before)
+    o = factor * (o + carried)
     o = jnp.zeros(v.shape, jnp.float32).at[rows].set(jnp.moveaxis(o, 2, 1), mode="drop")
     final = after[jnp.maximum(ends - 1, 0)]
     pool = state_pool.at[reqs.store].set(final.astype(state_pool.dtype), mode="drop")

@@ -5,6 +5,8 @@ layers of Ling-2.6-1T have 64 heads, of flash 32, with key and value dim 128; q,
 and states are f32. A device has 16 heads of 1T (tensor parallel 4 in a layer of 8 norm groups) and
 8 of flash. A serving step prefills 2,048 tokens on a data-parallel rank and decodes 16 or 64
 requests. Their linear layers are Lightning attention: one constant decay per head and layer.
+
+Beside them, on the same shape: decays per token (Mamba-2) and per key channel (GLA).
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ from gla.schedule import ROWS
 from microbench.case import Call, Case, Check, Cost
 from microbench.cases._gla_bundles import Schedule
 from reference import gla as reference
+from reference.gla import Decay
 from tpukit import interpret
 
 MODELS = {
     "ling-2.6-1t": {"heads": 16, "model_heads": 64, "layers": 80},
     "ling-2.6-flash": {"heads": 8, "model_heads": 32, "layers": 32},
 }
+
+
+RULES = {"token-decay": {"decay": "token"}, "channel-decay": {"decay": "channel"}}
 
 
 def ragged(tokens: int, requests: int) -> tuple[int, ...]:
@@ -49,11 +55,16 @@ BATCHES: dict[str, tuple[int, tuple[int, ...]]] = {  # decodes, lengths of the p
 def _case(model: str, batch: str) -> Case:
     decodes, prefills = BATCHES[batch]
     sizes = {"key_dim": 128, "value_dim": 128, "layer": 0, "dtype": "bfloat16", "state": "float32"}
-    params = {"decodes": decodes, "prefills": prefills, **MODELS[model], **sizes}
+    rule = RULES.get(model, {"decay": "head"})
+    sizes |= MODELS.get(model, MODELS["ling-2.6-1t"])
+    params = {"decodes": decodes, "prefills": prefills, **sizes, **rule}
     return Case("gla", f"{model}/{batch}", params)
 
 
-CASES = tuple(_case(model, batch) for model in MODELS for batch in BATCHES)
+CASES = (
+    *(_case(model, batch) for model in MODELS for batch in BATCHES),
+    *(_case(rule, "prefill") for rule in RULES),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +81,7 @@ class Shape:
     layer: int
     dtype: str
     state: str
+    decay: str
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -99,6 +111,9 @@ class Shape:
         return dataclasses.replace(self, decodes=min(self.decodes, 6), prefills=prefills)
 
 
+DECAYS = {"head": gla.HeadDecay, "token": gla.TokenDecay, "channel": gla.ChannelDecay}
+
+
 class Inputs(NamedTuple):
     """Arrays of one call; T tokens, N requests, H heads of dims K and V."""
 
@@ -109,7 +124,7 @@ class Inputs(NamedTuple):
     slot_ids: Any  # [N]
     cu_seqlens: Any  # [N + 1]
     has_state: Any  # [N]
-    g: Any  # [H]
+    g: Any  # [H], [T, H] or [T, H * K]
 
 
 def _shape(case: Case) -> Shape:
@@ -124,6 +139,11 @@ def _specs(shape: Shape) -> Inputs:
         return jax.ShapeDtypeStruct(size, jnp.dtype(dtype))
 
     requests = len(shape.lengths)
+    gates = {
+        "head": (shape.heads,),
+        "token": (shape.tokens, shape.heads),
+        "channel": (shape.tokens, shape.heads * shape.key_dim),
+    }
     return Inputs(
         q=spec(shape.dtype, shape.tokens, shape.heads * shape.key_dim),
         k=spec(shape.dtype, shape.tokens, shape.heads * shape.key_dim),
@@ -132,7 +152,7 @@ def _specs(shape: Shape) -> Inputs:
         slot_ids=spec(jnp.int32, requests),
         cu_seqlens=spec(jnp.int32, requests + 1),
         has_state=spec(jnp.bool_, requests),
-        g=spec(jnp.float32, shape.heads),
+        g=spec(jnp.float32, *gates[shape.decay]),
     )
 
 
@@ -144,27 +164,33 @@ def _inputs(shape: Shape, seed: int) -> Inputs:
 
     specs = _specs(shape)
     values = {name: normal(getattr(specs, name)) for name in ("q", "k", "v", "pool")}
+    if shape.decay != "head":
+        values["g"] = -jnp.asarray(rng.uniform(1e-3, 1, specs.g.shape), jnp.float32)
     return _steering(shape, seed)._replace(**values)
 
 
 def _steering(shape: Shape, seed: int) -> Inputs:
     """Slots, lengths and decays as values, the large arrays as shapes."""
     rng = np.random.default_rng(seed)
+    specs = _specs(shape)
     decay = gla.ling_decay(shape.model_heads, shape.layer, shape.layers)
-    return _specs(shape)._replace(
+    return specs._replace(
         slot_ids=jnp.asarray(1 + rng.permutation(len(shape.lengths)), jnp.int32),
         cu_seqlens=jnp.asarray(np.cumsum([0, *shape.lengths]), jnp.int32),
         has_state=jnp.asarray(shape.resumes()),
-        g=decay.g[: shape.heads],  # the first shard has the strongest decays
+        # the first shard has the strongest decays
+        g=decay.g[: shape.heads] if shape.decay == "head" else specs.g,
     )
 
 
-def _arguments(shape: Shape, args: Inputs) -> tuple[tuple[Any, ...], gla.HeadDecay]:
+def _arguments(shape: Shape, args: Inputs) -> tuple[tuple[Any, ...], Decay]:
     """The positional arguments of `gla.gla`, and the decay."""
     q, k, v, *states, g = args
     q, k = (x.reshape(-1, shape.heads, shape.key_dim) for x in (q, k))
     v = v.reshape(-1, shape.heads, shape.value_dim)
-    return (q, k, v, *states), gla.HeadDecay(g)
+    if shape.decay == "channel":
+        g = g.reshape(-1, shape.heads, shape.key_dim)
+    return (q, k, v, *states), DECAYS[shape.decay](g)
 
 
 def _plan(case: Case) -> gla.Plan | None:
@@ -288,6 +314,8 @@ def cost(case: Case) -> Cost:
     width = 2 * shape.heads * (shape.key_dim + shape.value_dim)  # q, k, v and o
     states = int(shape.resumes().sum()) + len(shape.lengths)  # read and written
     row_bytes = shape.tokens * width * jnp.dtype(shape.dtype).itemsize
+    if shape.decay != "head":
+        row_bytes += _specs(shape).g.size * 4
     return Cost(
         flops=4.0 * shape.tokens * dims,
         hbm_bytes=float(row_bytes + states * dims * jnp.dtype(shape.state).itemsize),

@@ -29,7 +29,7 @@ class Batch:
     slots: np.ndarray
     cu: np.ndarray
     known: np.ndarray
-    g: np.ndarray  # [heads] or [tokens, heads]
+    g: np.ndarray  # [heads], [tokens, heads] or [tokens, heads, key_dim]
 
     def args(self):
         return tuple(
@@ -39,8 +39,12 @@ class Batch:
 
     @property
     def decay(self):
-        kind = gla.HeadDecay if self.g.ndim == 1 else gla.TokenDecay
-        return kind(jnp.asarray(self.g))
+        return decay_of(jnp.asarray(self.g))
+
+
+def decay_of(g):
+    """The decay that a shape of g stands for."""
+    return (gla.HeadDecay, gla.TokenDecay, gla.ChannelDecay)[g.ndim - 1](g)
 
 
 def random_batch(
@@ -55,6 +59,7 @@ def random_batch(
     dtype=ml_dtypes.bfloat16,
     state=np.float32,
     per_token=False,
+    per_channel=False,
     slots=None,
     known=None,
     strongest=1.0,
@@ -66,6 +71,7 @@ def random_batch(
     tokens = int(cu[-1]) if tokens is None else tokens
     draw = rng.standard_normal
     size = (tokens, heads) if per_token else (heads,)
+    size = (tokens, heads, dims[0]) if per_channel else size
     return Batch(
         q=draw((tokens, qk_heads, dims[0])).astype(dtype),
         k=draw((tokens, qk_heads, dims[0])).astype(dtype),
@@ -112,6 +118,7 @@ def run(batch, request, scale=None):
     v, pool = wide(batch.v), wide(batch.pool)
     g = np.clip(wide(batch.g), -30, 0)
     g = np.broadcast_to(g, (len(q), heads)) if g.ndim == 1 else g
+    g = g if g.ndim == 3 else g[..., None]  # [tokens, heads, 1 or key_dim]
     scale = batch.q.shape[-1] ** -0.5 if scale is None else scale
     o, after = np.zeros(v.shape), pool.copy()
     for n, (begin, end) in enumerate(rows_of(batch)):
@@ -127,7 +134,7 @@ def run(batch, request, scale=None):
 def recurrence(q, k, v, g, state, start, scale):
     o = np.empty_like(v)
     for t in range(len(q)):
-        state = np.exp(g[t])[:, None, None] * state + k[t][:, :, None] * v[t][:, None, :]
+        state = np.exp(g[t])[:, :, None] * state + k[t][:, :, None] * v[t][:, None, :]
         o[t] = scale * np.einsum("hk,hkv->hv", q[t], state)
     return o, state
 
@@ -146,7 +153,8 @@ def rounded(batch, *, window=128, batch_invariant=False):
         outputs, row = [], 0
         for rows in cut(start, len(q), window, batch_invariant):
             part = slice(row, row + rows)
-            o, state = chunk(q[part], k[part], v[part], g[part], state, scale)
+            at = (start + row) % ROWS
+            o, state = chunk(q[part], k[part], v[part], g[part], state, scale, at)
             outputs.append(o)
             row += rows
         return np.concatenate(outputs), state
@@ -154,16 +162,52 @@ def rounded(batch, *, window=128, batch_invariant=False):
     return run(batch, request)
 
 
-def chunk(q, k, v, g, state, scale):
+def channel_weights(rows, k, g, first):
+    """Products of rows with decayed keys, cut into halves around aligned rows, as the kernel does.
+
+    Args:
+      rows, k, g: [n, key_dim].
+      first: place of the first row in its window.
+    """
+    found = np.diag(np.sum(rows * k, axis=1))
+    index = first + np.arange(len(k))
+    m = 1
+    while m < index[-1] + 1:
+        for middle in range(m, index[-1] + 1, 2 * m):
+            keys = (index >= middle - m) & (index < middle)
+            queries = (index >= middle) & (index < middle + m)
+            after = np.cumsum(g[keys][::-1], axis=0)[::-1] - g[keys]
+            a = bf16(rows[queries] * np.exp(np.cumsum(g[queries], axis=0)))
+            found[np.ix_(queries, keys)] = a @ bf16(k[keys] * np.exp(after)).T
+        m *= 2
+    return found
+
+
+def two_terms(g):
+    """Log decays as the sum of two bf16 numbers, in units of log 2."""
+    g = (g * np.log2(np.e)).astype(np.float32)
+    high = bf16(g)
+    return (high + bf16(g - high)) / np.log2(np.e)
+
+
+def chunk(q, k, v, g, state, scale, first):
+    g = two_terms(g) if g.shape[2] > 1 else g
     b = np.cumsum(g, axis=0)
     o, new = np.empty_like(v), np.empty_like(state)
     for h in range(v.shape[1]):
+        if g.shape[2] > 1:
+            weights = bf16(channel_weights(q[:, h], k[:, h], g[:, h], first))
+            carried = bf16(q[:, h] * np.exp(b[:, h])) @ bf16(state[h])
+            o[:, h] = scale * (weights @ v[:, h] + carried)
+            decayed = bf16(k[:, h] * np.exp(b[-1, h] - b[:, h]))
+            new[h] = np.exp(b[-1, h])[:, None] * state[h] + decayed.T @ v[:, h]
+            continue
         lower = np.tril(np.ones((len(q), len(q)), bool))
-        difference = np.where(lower, b[:, None, h] - b[None, :, h], -np.inf)
+        difference = np.where(lower, b[:, None, h, 0] - b[None, :, h, 0], -np.inf)
         weights = bf16((q[:, h] @ k[:, h].T) * (scale * np.exp(difference)))
-        carried = (q[:, h] @ bf16(state[h])) * (scale * np.exp(b[:, h]))[:, None]
+        carried = (q[:, h] @ bf16(state[h])) * scale * np.exp(b[:, h])
         o[:, h] = weights @ v[:, h] + carried
-        decayed = bf16(k[:, h] * np.exp(b[-1, h] - b[:, h])[:, None])
+        decayed = bf16(k[:, h] * np.exp(b[-1, h] - b[:, h]))
         new[h] = np.exp(b[-1, h]) * state[h] + decayed.T @ v[:, h]
     return o, new
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gla
-from gla import chunk, recurrent
+from gla import channel, chunk, recurrent
 from reference import gla as reference
 from tests.gla import oracle
 from tpukit import interpret
@@ -25,10 +25,10 @@ PLAN = gla.Plan(heads=2, interleave=2)
 def compiled(mode, plan, batch_invariant, scale):
     """A jitted kernel per static choice; the mode only keeps traces apart."""
 
-    @functools.partial(jax.jit, static_argnames=("per_token",))
-    def kernel(*args, per_token):
+    @jax.jit
+    def kernel(*args):
         *rest, g = args
-        decay = gla.TokenDecay(g) if per_token else gla.HeadDecay(g)
+        decay = oracle.decay_of(g)
         options = {"plan": plan, "batch_invariant": batch_invariant, "scale": scale}
         return gla.gla(*rest, decay=decay, implementation="interpret", **options)
 
@@ -39,7 +39,7 @@ def run(batch, mode=LATE, plan=PLAN, batch_invariant=False, scale=None):
     """Output and pool of the kernel under the strict harness, as numpy arrays."""
     kernel = compiled(mode, plan, batch_invariant, scale)
     with interpret.strict(mode):
-        o, pool = kernel(*batch.args(), jnp.asarray(batch.g), per_token=batch.g.ndim == 2)
+        o, pool = kernel(*batch.args(), jnp.asarray(batch.g))
         return np.asarray(o), np.asarray(pool)
 
 
@@ -163,7 +163,8 @@ def test_the_last_of_repeated_slots_is_kept():
 
 def embed(batch, before, after, seed, slot):
     """The first request of `batch` behind other requests, and in front of more."""
-    other = oracle.random_batch(seed, [*before, len(batch.q), *after], per_token=batch.g.ndim == 2)
+    kind = {"per_token": batch.g.ndim == 2, "per_channel": batch.g.ndim == 3}
+    other = oracle.random_batch(seed, [*before, len(batch.q), *after], **kind)
     row = sum(before)
     part = slice(row, row + len(batch.q))
     for name in ("q", "k", "v"):
@@ -171,7 +172,7 @@ def embed(batch, before, after, seed, slot):
     n = len(before)
     other.known[n] = batch.known[0]
     other.pool[other.slots[n]] = batch.pool[batch.slots[0]]
-    if batch.g.ndim == 2:
+    if batch.g.ndim > 1:
         other.g[part] = batch.g
     else:
         other = dataclasses.replace(other, g=batch.g)
@@ -197,8 +198,8 @@ def ordered_sums(monkeypatch):
         return jax.lax.fori_loop(0, a.shape[1], add, zero)
 
     compiled.cache_clear()
-    monkeypatch.setattr(chunk, "matmul", matmul)
-    monkeypatch.setattr(recurrent, "matmul", matmul)
+    for module in (channel, chunk, recurrent):
+        monkeypatch.setattr(module, "matmul", matmul)
     yield
     compiled.cache_clear()
 
