@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from microbench import cases, compare, environment, stages, tune
+from microbench import cases, compare, environment, report, stages, tune
 from microbench.case import Case, Suite
 from microbench.cli import Options, UsageError
-from microbench.record import Log, record
+from microbench.record import Log, Record, read, record
 from microbench.table import table
 from tpukit import chips, errors
 
@@ -35,8 +36,8 @@ def run(options: Options) -> Exit:
         selected = select(options)
         for chip in options.chips:
             chips.chip(chip)
-        if options.command == "compare" and options.operands:
-            return _compare(options)
+        if options.operands:
+            return (_compare if options.command == "compare" else _report_files)(options)
         log = Log(options.json, options.csv, resume=options.resume)
     except (ValueError, OSError) as error:
         print(f"microbench: {error}", file=sys.stderr)
@@ -60,7 +61,24 @@ def run(options: Options) -> Exit:
         bench.statuses.append(Exit.ENVIRONMENT)
     finally:
         log.close()
+    if options.command == "report":
+        bench.statuses.append(_report(options, log.records))
     return max(bench.statuses, key=SEVERITY.index)
+
+
+def _report(options: Options, records: Sequence[Record]) -> Exit:
+    """Writes the page."""
+    try:
+        written = report.write(records, pathlib.Path(options.out))
+    except ImportError:
+        print("microbench: pictures need matplotlib: pip install matplotlib", file=sys.stderr)
+        return Exit.ENVIRONMENT
+    print("written: " + ", ".join(map(str, written)))
+    return Exit.OK
+
+
+def _report_files(options: Options) -> Exit:
+    return _report(options, [entry for path in options.operands for entry in read(path)])
 
 
 def _compare(options: Options) -> Exit:
@@ -117,12 +135,13 @@ class Bench:
             self.tune(suite, group)
             return
         right = list(group)
-        if command in ("bench", "run"):
+        if command in ("bench", "run", "report"):
             right = self._each("check", stages.check, suite, group)
+        if command in ("bench", "run"):
             self._each("time", stages.time, suite, right)
         for stage in (stages.aot, stages.predict, stages.compare):
             name = stage.__name__
-            if command == name or (command == "bench" and name != "compare"):
+            if command == name or name in _ALSO.get(command, ()):
                 self._each(name, stage, suite, right, on_chips=True)
 
     def _each(
@@ -176,7 +195,7 @@ class Bench:
         if any(entry["values"].get("ok") is False for entry in kept):
             self.statuses.append(Exit.MISMATCH)
         first = {"case": case.name, **place}
-        return [first | _single_values(entry["values"]) for entry in kept]
+        return [first | stages.single(entry["values"]) for entry in kept]
 
     def _found(
         self,
@@ -228,11 +247,8 @@ class Bench:
             print(f"written: {tune.save(group[0].kernel, found, self.options)}")
 
 
+_ALSO = {"bench": ("aot", "predict"), "report": ("predict",)}
 _COLUMNS = {"check": ("case", "check", "error", "limit", "ok")}
-
-
-def _single_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: x for key, x in values.items() if not isinstance(x, list | dict | tuple)}
 
 
 def repeat(command: str, case: Case, options: Options, chip: str | None = None) -> str:

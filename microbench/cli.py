@@ -13,7 +13,8 @@ Usage: microbench [list | run | aot | predict | compare | tune | report | valida
              two runs side by side, regressions marked: each a file that --json wrote, or a git
              revision, which is predicted now; NEW is the working tree where it is not given
   tune       look for better block sizes with the compiler in the loop; --save keeps them
-  report     one HTML page of all that the files named after it hold, or of what is predicted now
+  report [FILE ...]
+             one HTML page of the records in these files; without any, checks and predicts first
   validate   predict kernels whose times others have published, and show the errors
   env        versions, commit, machine
 

@@ -54,6 +54,11 @@ class Finding(NamedTuple):
     context: Mapping[str, Any]
 
 
+def single(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that fit a table's cell."""
+    return {key: x for key, x in values.items() if not isinstance(x, list | dict | tuple)}
+
+
 def with_plan(suite: Suite, case: Case, chip: str, options: Options) -> Case:
     """The case with the fields of its plan that the options name; none named, none given.
 
@@ -139,7 +144,8 @@ def predict(suite: Suite, case: Case, chip: str, options: Options) -> list[Findi
     if options.command == "predict":
         print(f"\n{case.name} on {chip}\n{found.text()}")
     predicted.save(found, case, options)
-    place = {"plan": str(suite.explain(case, chip)), "seed": options.seed}
+    cost = dataclasses.asdict(suite.cost(case))
+    place = {"plan": str(suite.explain(case, chip)), "seed": options.seed, "cost": cost}
     return [Finding("predicted", predicted.figures(found), place)]
 
 
