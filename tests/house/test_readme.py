@@ -1,4 +1,4 @@
-"""Every block of the README does what it says."""
+"""Every block of the README and of the other pages does what it says."""
 
 import re
 import shlex
@@ -13,6 +13,7 @@ from tests.house import rules
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
 CHEAP = {"list", "env"}  # benchmark commands that take no time
 
@@ -28,6 +29,18 @@ def commands(text=README):
         shlex.split(line, comments=True) for b in blocks("bash", text) for line in b.split("\n")
     ]
     return [words for words in lines if words]
+
+
+def programs():
+    """Every block of the README by itself; the blocks of any other page are one program."""
+    found = {f"README.md {i}": block for i, block in enumerate(blocks("python"))}
+    for page in PAGES[1:]:
+        if code := "\n".join(blocks("python", page.read_text())):
+            found[page.name] = code
+    return found
+
+
+PROGRAMS = programs()
 
 
 def problem(words):
@@ -55,10 +68,10 @@ def problem(words):
     return f"not a command of this project: {words[0]}"
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_blocks_run(number, tmp_path):
+@pytest.mark.parametrize("code", PROGRAMS.values(), ids=PROGRAMS)
+def test_python_blocks_run(code):
     done = subprocess.run(
-        [sys.executable, "-c", blocks("python")[number]],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -67,8 +80,9 @@ def test_python_blocks_run(number, tmp_path):
 
 
 def test_bash_blocks_hold_commands_that_exist():
-    assert commands()
-    found = {" ".join(words): problem(words) for words in commands()}
+    every = [words for page in PAGES for words in commands(page.read_text())]
+    assert len(every) > len(commands()) > 0
+    found = {" ".join(words): problem(words) for words in every}
     assert not {command: why for command, why in found.items() if why}
 
 
@@ -83,13 +97,16 @@ def test_cheap_commands_run():
 
 
 def test_every_block_has_a_language_that_is_tested():
-    assert set(re.findall(r"^```(\w*)$", README, re.MULTILINE)) <= {"python", "bash", "text", ""}
+    for page in PAGES:
+        languages = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)
+        assert set(languages) <= {"python", "bash", "text", ""}, page
     assert len(blocks("python")) >= 1
 
 
 def test_relative_links_exist():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    for page in PAGES:
+        links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
 
 
 def test_every_package_is_mentioned():
