@@ -26,6 +26,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "tpukit/pytest_plugin.py": frozenset({"pytest"}),
     "tpukit/predict/timeline.py": frozenset({"matplotlib"}),
+    "microbench/report.py": frozenset({"matplotlib"}),
     "microbench/validation/peers.py": frozenset({"tokamax"}),
 }
 PRIVATE_JAX = "tpukit/_private.py"
