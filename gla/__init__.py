@@ -3,15 +3,21 @@
 from gla.api import SUPPORTED_CHIPS, explain, gla, gla_batch, supports
 from gla.decay import fla_decay, ling_decay
 from gla.plan import Explanation, Plan
+from gla.states import commit, copy_slots
 from reference.gla import ChannelDecay, HeadDecay, TokenDecay
+from reference.gla_drafts import Drafts, Snapshots
 
 __all__ = [
     "SUPPORTED_CHIPS",
     "ChannelDecay",
+    "Drafts",
     "Explanation",
     "HeadDecay",
     "Plan",
+    "Snapshots",
     "TokenDecay",
+    "commit",
+    "copy_slots",
     "explain",
     "fla_decay",
     "gla",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gla.kernel import gla_kernel
 from gla.plan import DIMS, DTYPES, Explanation, Plan, Problem, plan_for
-from gla.schedule import ROWS, Batch
+from gla.plumbing import Operands
+from gla.schedule import DRAFTS, RESUMES, ROWS, Batch
+from gla.tables import LANES
+from gla.values import draft_rules, snapshot_rules, value_rules
 from reference import gla as reference
+from reference import gla_drafts
 from reference.gla import ChannelDecay, Decay, HeadDecay, TokenDecay
+from reference.gla_drafts import Drafts, Snapshots
 from tpukit import checks
 from tpukit.chips import Chip, current_chip
 from tpukit.chips import chip as chip_named
@@ -27,7 +32,7 @@ DECAY_SHAPES = {
 SUPPORTED_CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
 
 
-def gla(
+def gla(  # noqa: PLR0913  (each by its name)
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -38,12 +43,14 @@ def gla(
     *,
     decay: Decay,
     scale: float | None = None,
+    drafts: Drafts | None = None,
+    snapshots: Snapshots | None = None,
     batch_invariant: bool = False,
     implementation: Implementation = "auto",
     plan: Plan | None = None,
     validate: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gated linear attention over a ragged batch that mixes prefill and decode in any order.
+    """Gated linear attention over a ragged batch of prefill, decode and drafts in any order.
 
     Per head, with state S [key_dim, value_dim]: S_t = e^(g_t) S_{t-1} + k_t^T v_t and
     o_t = scale * q_t S_t; with a decay per key channel, e^(g_t) scales the rows of S. One kernel;
@@ -66,8 +73,19 @@ def gla(
       decay: `HeadDecay(g [heads])`, `TokenDecay(g [tokens, heads])` or `ChannelDecay(g [tokens,
         heads, key_dim])`, log decays per token, clipped to [-30, 0].
       scale: of the output, a Python number; key_dim ** -0.5 by default.
+      drafts: `Drafts(requests, ancestors)`: requests whose rows are drafts, chains or trees of at
+        most 64. They see the request's state, their ancestors and themselves; the state stays as it
+        is, until `commit`. More than 64 rows of drafts are a chain.
+      snapshots: `Snapshots(rows, slots)`: the state after row rows[s] also goes to slot slots[s].
+        Ignored: a slot outside the pool, a row of no request, of a null one or of a tree, and one
+        not above those before it; a slot that a request with rows has, except that a chain of
+        drafts may leave a state in its own slot, which accepts drafts while verifying more; of
+        snapshots of one slot all but the last.
       batch_invariant: no bit of a request's result may depend on the rest of the batch. Otherwise
         rounding also depends on the request's first row modulo 16. Costs an eighth of prefill.
+        Chunks end at snapshots, so a request's snapshots round its result; then each is, to the
+        bit, the state of a request that ends there, and what follows that of one that resumes
+        there (of more than one row).
       implementation: "pallas" (a TPU), "interpret" (the kernel on a CPU, slow), "reference"
         (`reference.gla.chunked`), or "auto": the kernel on a TPU that supports it, else the
         reference.
@@ -83,23 +101,25 @@ def gla(
 
     Source: Lightning Attention-2 (arXiv 2401.04658), GLA (arXiv 2312.06635), Mamba-2 (2405.21060).
     """
-    problem = problem_of(
-        q, k, v, state_pool, slot_ids, cu_seqlens, has_state, decay, batch_invariant
-    )
+    batch, more = (slot_ids, cu_seqlens, has_state), {"drafts": drafts, "snapshots": snapshots}
+    problem = problem_of(q, k, v, state_pool, *batch, decay, batch_invariant, **more)
     checks.check_choice("gla", "implementation", implementation, get_args(Implementation))
     scale = check_scale(scale, problem.key_dim)
     if validate:
         rules = value_rules(slot_ids, cu_seqlens, decay, state_pool.shape[0], v.shape[0])
+        rules += draft_rules(drafts, cu_seqlens) if drafts else []
+        if snapshots:
+            rules += snapshot_rules(snapshots, batch, drafts, state_pool.shape[0], v.shape[0])
         checks.raise_if_bad("gla", rules)
-    batch = (slot_ids, cu_seqlens, has_state)
     chosen, target = choose(implementation, problem, plan)
     if chosen == "reference":
-        return reference.chunked(q, k, v, state_pool, *batch, decay=decay, scale=scale)
+        options = {"decay": decay, "scale": scale, "run": reference.chunked} | more
+        return gla_drafts.gla(q, k, v, state_pool, *batch, **options)
     plan = plan_for(problem, target, plan).plan
-    if v.shape[0] == 0 or not problem.num_requests or not problem.num_slots:
+    if not problem.any_work:
         return jnp.zeros_like(v), state_pool
-    interpret = pltpu.InterpretParams() if chosen == "interpret" else False
-    return launch((q, k, v, state_pool), batch, decay, problem, plan, scale, interpret)
+    call = Call((q, k, v, state_pool), batch, decay, drafts, snapshots)
+    return launch(call, problem, plan, scale, chosen)
 
 
 def gla_batch(
@@ -174,6 +194,8 @@ def explain(
     *,
     decay: Decay,
     chip: str,
+    drafts: Drafts | None = None,
+    snapshots: Snapshots | None = None,
     batch_invariant: bool = False,
     plan: Plan | None = None,
 ) -> Explanation:
@@ -183,8 +205,9 @@ def explain(
       ArgumentError, UnsupportedError: what `gla` would raise there.
     """
     problem = problem_of(
-        q, k, v, state_pool, slot_ids, cu_seqlens, has_state, decay, batch_invariant
-    )
+        q, k, v, state_pool, slot_ids, cu_seqlens, has_state, decay, batch_invariant, drafts,
+        snapshots,
+    )  # fmt: skip
     return plan_for(problem, chip_named(chip), plan)
 
 
@@ -207,14 +230,19 @@ def problem_of(
     has_state: Any,
     decay: Decay,
     batch_invariant: bool,
+    drafts: Drafts | None = None,
+    snapshots: Snapshots | None = None,
+    *,
+    where: str = "gla",
 ) -> Problem:
     """Checks shapes and dtypes.
 
     Raises:
       ArgumentError: one of them is wrong.
     """
-    dims = checks.Dims("gla")
-    dims.bind("q", q, "tokens qk_heads key_dim")
+    dims = checks.Dims(where)
+    if q is not None:
+        dims.bind("q", q, "tokens qk_heads key_dim")
     dims.bind("k", k, "tokens qk_heads key_dim")
     dims.bind("v", v, "tokens heads value_dim")
     dims.bind("state_pool", state_pool, "slots heads key_dim value_dim")
@@ -223,27 +251,29 @@ def problem_of(
     dims.bind("has_state", has_state, "requests")
     if type(decay) not in DECAY_SHAPES:
         raise ArgumentError(
-            where="gla",
+            where=where,
             argument="decay",
             got=f"is a {type(decay).__name__}",
             expected="HeadDecay(g), TokenDecay(g) or ChannelDecay(g)",
         )
     dims.bind("decay.g", decay.g, DECAY_SHAPES[type(decay)])
-    checks.check_dtype("gla", "q", q, DTYPES)
-    checks.check_dtype("gla", "k", k, (q.dtype,))
-    checks.check_dtype("gla", "v", v, (q.dtype,))
-    checks.check_dtype("gla", "state_pool", state_pool, (jnp.float32, jnp.bfloat16))
-    checks.check_dtype("gla", "slot_ids", slot_ids, (jnp.int32,))
-    checks.check_dtype("gla", "cu_seqlens", cu_seqlens, (jnp.int32,))
-    checks.check_dtype("gla", "has_state", has_state, (jnp.bool_,))
-    checks.check_dtype("gla", "decay.g", decay.g, (jnp.float32,))
-    checks.check_range("gla", "qk_heads", dims["qk_heads"], low=1)
+    if q is not None:
+        checks.check_dtype(where, "q", q, DTYPES)
+    checks.check_dtype(where, "k", k, DTYPES if q is None else (q.dtype,))
+    checks.check_dtype(where, "v", v, (k.dtype,))
+    checks.check_dtype(where, "state_pool", state_pool, (jnp.float32, jnp.bfloat16))
+    checks.check_dtype(where, "slot_ids", slot_ids, (jnp.int32,))
+    checks.check_dtype(where, "cu_seqlens", cu_seqlens, (jnp.int32,))
+    checks.check_dtype(where, "has_state", has_state, (jnp.bool_,))
+    checks.check_dtype(where, "decay.g", decay.g, (jnp.float32,))
+    check_options(dims, drafts, snapshots)
+    checks.check_range(where, "qk_heads", dims["qk_heads"], low=1)
     checks.check_multiple(
-        "gla", "heads of v", dims["heads"], dims["qk_heads"], "Every query/key head needs as many."
+        where, "heads of v", dims["heads"], dims["qk_heads"], "Every query/key head needs as many."
     )
-    checks.check_range("gla", "heads of v", dims["heads"], low=1)
+    checks.check_range(where, "heads of v", dims["heads"], low=1)
     for dim in ("key_dim", "value_dim"):
-        checks.check_choice("gla", dim, dims[dim], DIMS)
+        checks.check_choice(where, dim, dims[dim], DIMS)
     return Problem(
         num_tokens=-(-dims["tokens"] // ROWS) * ROWS,
         num_requests=dims["requests"],
@@ -252,12 +282,55 @@ def problem_of(
         heads=dims["heads"],
         key_dim=dims["key_dim"],
         value_dim=dims["value_dim"],
-        dtype=jnp.dtype(q.dtype),
+        dtype=jnp.dtype(k.dtype),
         state_dtype=jnp.dtype(state_pool.dtype),
         per_token=not isinstance(decay, HeadDecay),
         batch_invariant=bool(batch_invariant),
         per_channel=isinstance(decay, ChannelDecay),
+        outputs=q is not None,
+        drafts=drafts is not None,
+        tree=drafts is not None and drafts.ancestors is not None,
+        num_snapshots=0 if snapshots is None else dims["snapshots"],
     )
+
+
+def check_options(dims: checks.Dims, drafts: Drafts | None, snapshots: Snapshots | None) -> None:
+    """Checks shapes and dtypes of what may be absent.
+
+    Raises:
+      ArgumentError: one of them is wrong.
+    """
+    for name, value, kind in (("drafts", drafts, Drafts), ("snapshots", snapshots, Snapshots)):
+        if value is not None and not isinstance(value, kind):
+            raise ArgumentError(
+                where="gla",
+                argument=name,
+                got=f"is a {type(value).__name__}",
+                expected=f"{kind.__name__} or None",
+            )
+    if drafts is not None:
+        dims.bind("drafts.requests", drafts.requests, "requests")
+        checks.check_dtype("gla", "drafts.requests", drafts.requests, (jnp.bool_,))
+        check_words("gla", dims, "drafts.ancestors", drafts.ancestors, "tokens")
+    if snapshots is not None:
+        dims.bind("snapshots.rows", snapshots.rows, "snapshots")
+        dims.bind("snapshots.slots", snapshots.slots, "snapshots")
+        checks.check_dtype("gla", "snapshots.rows", snapshots.rows, (jnp.int32,))
+        checks.check_dtype("gla", "snapshots.slots", snapshots.slots, (jnp.int32,))
+
+
+def check_words(
+    where: str, dims: checks.Dims, argument: str, words: jax.Array | None, rows: str
+) -> None:
+    """Checks words with a bit for each draft, if there are any.
+
+    Raises:
+      ArgumentError: their shape or dtype is wrong.
+    """
+    if words is not None:
+        dims.bind(argument, words, f"{rows} _")
+        checks.check_dtype(where, argument, words, (jnp.uint32,))
+        checks.check_choice(where, f"words of {argument}", words.shape[1], (1, 2))
 
 
 def check_scale(scale: float | None, key_dim: int) -> float:
@@ -277,23 +350,6 @@ def check_scale(scale: float | None, key_dim: int) -> float:
             advice="Multiply q or the output by an array instead.",
         )
     return float(scale)
-
-
-def value_rules(
-    slot_ids: jax.Array, cu_seqlens: jax.Array, decay: Decay, num_slots: int, num_tokens: int
-) -> list[checks.Condition]:
-    """What values have to obey; -1 is the one null slot that is not a mistake."""
-    index = jnp.arange(slot_ids.shape[0])
-    twin = (slot_ids[:, None] == slot_ids[None, :]) & (index[None, :] < index[:, None])
-    repeated = jnp.any(twin, axis=1) & (slot_ids >= 0)
-    previous = jnp.concatenate([cu_seqlens[:1], cu_seqlens[:-1]])
-    return [
-        checks.in_range("slot_ids", slot_ids, -1, num_slots),
-        checks.Condition("slot_ids", slot_ids, repeated, "each slot at most once"),
-        checks.in_range("cu_seqlens", cu_seqlens, 0, num_tokens + 1),
-        checks.Condition("cu_seqlens", cu_seqlens, cu_seqlens < previous, "ascending bounds"),
-        checks.Condition("decay.g", decay.g, ~(decay.g <= 0), "log decays of at most 0"),
-    ]
 
 
 def choose(
@@ -326,33 +382,59 @@ def choose(
     return implementation, target
 
 
+class Call(NamedTuple):
+    """The arrays of a call, as the caller has them."""
+
+    arrays: tuple[Any, jax.Array, jax.Array, jax.Array]  # q or None, k, v, state_pool
+    batch: tuple[jax.Array, jax.Array, jax.Array]  # slot_ids, cu_seqlens, has_state
+    decay: Decay
+    drafts: Drafts | None = None
+    snapshots: Snapshots | None = None
+
+    def scalars(self, num_tokens: int) -> Batch:
+        """What steers the kernel."""
+        slot_ids, cu_seqlens, has_state = self.batch
+        flags = has_state.astype(jnp.int32) * RESUMES
+        if self.drafts is not None:
+            flags += self.drafts.requests.astype(jnp.int32) * DRAFTS
+        rows, slots = None, None
+        if self.snapshots is not None and self.snapshots.rows.shape[0]:
+            rows, slots = self.snapshots.rows, self.snapshots.slots
+        if num_tokens % ROWS:  # rows of padding belong to nobody
+            cu_seqlens = jnp.minimum(cu_seqlens, num_tokens)
+            rows = None if rows is None else jnp.where(rows < num_tokens, rows, -1)
+        return Batch(slot_ids, cu_seqlens, flags, rows, slots)
+
+
 def launch(
-    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-    batch: tuple[jax.Array, jax.Array, jax.Array],
-    decay: Decay,
-    problem: Problem,
-    plan: Plan,
-    scale: float,
-    interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
+    call: Call, problem: Problem, plan: Plan, scale: float, chosen: Implementation
+) -> tuple[Any, jax.Array]:
     """Brings the arguments into the kernel's layout and runs it."""
-    *tokens, pool = arrays
-    num_tokens = tokens[0].shape[0]
+    q, k, v, pool = call.arrays
+    num_tokens = v.shape[0]
     padding = problem.num_tokens - num_tokens
 
     def rows(x: jax.Array) -> jax.Array:
         flat = x.reshape(num_tokens, -1)
         return jnp.pad(flat, ((0, padding), (0, 0))) if padding else flat
 
-    g = decay.g
+    g = call.decay.g
     if problem.per_channel:
         g = rows(g)
     elif problem.per_token:
         g = rows(g).reshape(problem.num_tokens, -1, plan.heads).swapaxes(0, 1)
-    slot_ids, cu_seqlens, has_state = batch
-    scalars = Batch(slot_ids, jnp.minimum(cu_seqlens, num_tokens), has_state.astype(jnp.int32))
-    operands = (*map(rows, tokens), g, pool)
+    words = call.drafts.ancestors if call.drafts is not None else None
+    if words is not None:
+        words = jnp.pad(rows(words), ((0, 0), (0, LANES - words.shape[1])))
+        words = jax.lax.bitcast_convert_type(words, jnp.int32)
+    flat = Operands(None if q is None else rows(q), rows(k), rows(v), g, words, pool)
+    interpret = pltpu.InterpretParams() if chosen == "interpret" else False
     o, pool = gla_kernel(
-        scalars, operands, problem=problem, plan=plan, scale=scale, interpret=interpret
+        call.scalars(num_tokens),
+        flat,
+        problem=problem,
+        plan=plan,
+        scale=scale,
+        interpret=interpret,
     )
-    return o[:num_tokens].reshape(arrays[2].shape), pool
+    return None if o is None else o[:num_tokens].reshape(v.shape), pool

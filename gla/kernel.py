@@ -20,25 +20,38 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gla import channel, chunk
 from gla.plan import Plan, Problem, vmem_allowed
-from gla.plumbing import Operands, Plumbing, Scratch
+from gla.plumbing import Operands, Plumbing, Results, Scratch
 from gla.recurrent import decode_token, pick, stage, unstage
-from gla.schedule import CHUNK, FIRST, FRESH, LAST, NULL, ROWS, RUN, SKIP, Batch, list_items
+from gla.schedule import (
+    CHUNK,
+    FIRST,
+    FRESH,
+    LAST,
+    NULL,
+    ROWS,
+    RUN,
+    SKIP,
+    SNAPSHOT,
+    VERIFY,
+    Batch,
+    list_items,
+)
 from gla.shift import shift_rows
-from gla.tables import ChannelTables, iota
+from gla.tables import ChannelTables, ConstantTables, iota
 from reference.gla import clip_log_decay
 
 Ref = Any
 
 
 class HalfDone(NamedTuple):
-    """A head whose chunk is scored: its state and its output are still to come."""
+    """A head whose chunk is scored, if it has an output: that and its state are still to come."""
 
     head: int
     k: jax.Array
     v: jax.Array
     state: jax.Array
     decays: Any  # of chunk or of channel
-    scored: chunk.Scored
+    scored: chunk.Scored | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +66,34 @@ class Walk(Plumbing):
             list_items(self.batch, self.schedule, self.problem.limits(self.plan))
 
         self.tables.build(self.hbm.log_decay, self.block, self.scale)
-        repeat(self.plan.inputs - 1, self.inputs.start)
+        repeat(self.plan.inputs - 1, self.fetch)
         repeat(self.plan.lookahead, self.loads.start)
 
         def step(item: jax.Array, _: None) -> None:
-            self.inputs.start(item + self.plan.inputs - 1)
+            self.fetch(item + self.plan.inputs - 1)
             self.inputs.wait(item)
+            if not self.problem.outputs:
+                self.compute(item)
+                return
             self.outputs.wait(item - 2)
             self.compute(item)
             self.join(item)
             self.outputs.start(item)
 
         lax.fori_loop(0, self.num_items, step, None)
-        repeat(2, lambda i: self.outputs.wait(self.num_items - 2 + i))
+        if self.problem.outputs:
+            repeat(2, lambda i: self.outputs.wait(self.num_items - 2 + i))
         repeat(
             self.plan.states, lambda i: self.stores.wait(self.num_requests - self.plan.states + i)
         )
+        if self.problem.num_snapshots:
+            repeat(2, lambda i: self.snapshots.wait(self.schedule.counts[2] - 2 + i))
+
+    def fetch(self, item: jax.Array) -> None:
+        """Starts the transfers of an item's inputs."""
+        self.inputs.start(item)
+        if self.problem.tree:
+            self.words.start(item)
 
     def compute(self, item: jax.Array) -> None:
         """Fills the item's rows of its output window."""
@@ -78,18 +103,32 @@ class Walk(Plumbing):
         def _() -> None:
             self.open_request(self.schedule.request[item])
 
-        @pl.when(kind & SKIP != 0)
-        def _() -> None:
-            slot = self.outputs.slot(item)
-            self.vmem.o[slot] = jnp.zeros(self.vmem.o.shape[1:], self.problem.dtype)
+        if self.problem.outputs:
 
-        @pl.when(kind & RUN != 0)
-        def _() -> None:
-            self.compute_run(item)
+            @pl.when(kind & SKIP != 0)
+            def _() -> None:
+                slot = self.outputs.slot(item)
+                self.vmem.o[slot] = jnp.zeros(self.vmem.o.shape[1:], self.problem.dtype)
+
+            @pl.when(kind & RUN != 0)
+            def _() -> None:
+                self.compute_run(item)
 
         @pl.when(kind & CHUNK != 0)
         def _() -> None:
             self.compute_chunk(item)
+
+        if self.problem.drafts:
+
+            @pl.when(kind & VERIFY != 0)
+            def _() -> None:
+                self.verify(item)
+
+        if self.problem.num_snapshots:
+
+            @pl.when(kind & SNAPSHOT != 0)
+            def _() -> None:
+                self.take_snapshot(item)
 
     def open_request(self, request: jax.Array) -> Ref:
         """Waits for the request's state and fetches another; returns the state's buffer."""
@@ -178,40 +217,94 @@ class Walk(Plumbing):
         size = self.plan.interleave
         return [range(h, h + size) for h in range(0, self.plan.heads, size)]
 
-    def compute_chunk(self, item: jax.Array) -> None:
-        """One chunk of one request, in the smallest window that holds it."""
-        kind, request = self.schedule.kind[item], self.schedule.request[item]
+    @property
+    def narrow(self) -> bool:
+        """Whether states are kept in a type narrower than that of sums."""
+        return self.problem.state_dtype != jnp.float32
+
+    def carried(self, item: jax.Array) -> Ref:
+        """The state that the chunks of the item's request share, f32."""
+        request = self.schedule.request[item]
         buffer = self.vmem.states.at[self.loads.slot(request)]
-        narrow = buffer.dtype != jnp.float32
-        state = self.vmem.carry if narrow else buffer
+        if not self.narrow:
+            return buffer
 
-        if narrow:
+        @pl.when(self.schedule.kind[item] & FIRST != 0)
+        def _() -> None:
+            self.vmem.carry[...] = buffer[...].astype(jnp.float32)
 
-            @pl.when(kind & FIRST != 0)
-            def _() -> None:
-                state[...] = buffer[...].astype(jnp.float32)
+        return self.vmem.carry
 
+    def compute_chunk(self, item: jax.Array) -> None:
+        """One chunk of one request."""
+        request, state = self.schedule.request[item], self.carried(item)
+        self.in_window(
+            item, self.plan.windows, lambda size: self.chunk_heads(item, state, size, drafts=False)
+        )
+
+        @pl.when(self.schedule.kind[item] & LAST != 0)
+        def _() -> None:
+            if self.narrow:
+                buffer = self.vmem.states.at[self.loads.slot(request)]
+                buffer[...] = state[...].astype(buffer.dtype)
+            self.stores.start(request)
+
+    def verify(self, item: jax.Array) -> None:
+        """Drafts that nothing follows: their state is read and left as it is."""
+        state = self.carried(item)
+        if self.problem.tree:
+            self.words.wait(item)
+
+        def heads(size: int) -> None:
+            if self.problem.tree:
+                self.open_tree(item, size)
+            self.chunk_heads(item, state, size, drafts=True)
+
+        self.in_window(item, self.plan.draft_windows, heads)
+
+    def open_tree(self, item: jax.Array, size: int) -> None:
+        """Finds out which draft descends from which."""
+        slot, begin, end = self.inputs.slot(item), self.begin(item), self.end(item)
+        tables: Any = self.tables
+        if isinstance(tables, ConstantTables):
+            steps = tables.row(self.hbm.log_decay, self.block)
+        else:
+            steps = tables.inside(slot, begin, end, size)
+        self.vmem.tree.open(self.vmem.tree.words[slot, :size], begin, steps, self.scale)
+
+    def take_snapshot(self, item: jax.Array) -> None:
+        """Sends the state after the item to another slot."""
+        number = self.schedule.snapshot[item]
+        self.snapshots.wait(number - 2)
+        target = self.vmem.snapshots.at[self.snapshots.slot(number)]
+        request = self.schedule.request[item]
+        state = self.vmem.carry if self.narrow else self.vmem.states.at[self.loads.slot(request)]
+
+        def copy(h: jax.Array) -> None:
+            target[h] = state[h].astype(target.dtype)
+
+        repeat(self.plan.heads, copy)
+        self.snapshots.start(number)
+
+    def in_window(
+        self, item: jax.Array, windows: tuple[int, ...], action: Callable[[int], None]
+    ) -> None:
+        """action(size) for the smallest window that holds the item, zeros around its k and v."""
         if self.problem.shifted:
             self.shift(item)
         begin, end = self.place(item)
-        size = jnp.int32(self.plan.window)
-        for smaller in reversed(self.plan.windows):
+        size = jnp.int32(windows[-1])
+        for smaller in reversed(windows):
             size = jnp.where(end <= smaller, smaller, size)
         self.clear_outside(self.inputs.slot(item), begin, end, size)
-        for window in self.plan.windows:
+        for window in windows:
 
             @pl.when(size == window)
             def _(window: int = window) -> None:
-                self.chunk_heads(item, state, window)
+                action(window)
 
-        if self.problem.shifted:
+        if self.problem.shifted and self.problem.outputs:
             shift_rows(self.vmem.o.at[self.outputs.slot(item)], self.begin(item))
-
-        @pl.when(kind & LAST != 0)
-        def _() -> None:
-            if narrow:
-                buffer[...] = state[...].astype(buffer.dtype)
-            self.stores.start(request)
 
     def place(self, item: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First row and end of a chunk in its window while it is computed."""
@@ -222,7 +315,8 @@ class Walk(Plumbing):
     def shift(self, item: jax.Array) -> None:
         """Moves a chunk's rows to the start of their windows."""
         slot, begin = self.inputs.slot(item), self.begin(item)
-        for window in (self.vmem.q, self.vmem.k, self.vmem.v, *self.gates):
+        q = (self.vmem.q,) if self.problem.outputs else ()
+        for window in (*q, self.vmem.k, self.vmem.v, *self.gates):
             shift_rows(window.at[slot], jnp.where(begin > 0, self.plan.window - begin, 0))
 
     @property
@@ -247,7 +341,8 @@ class Walk(Plumbing):
         @pl.when((begin > 0) | (end < size))
         def _() -> None:
             clear(jnp.int32(0))
-            lax.fori_loop(end // ROWS, size // ROWS, lambda group, _: clear(group), None)
+            from_second = jnp.maximum(end // ROWS, 1)
+            lax.fori_loop(from_second, size // ROWS, lambda group, _: clear(group), None)
 
     def decays(self, h: int, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> Any:
         """Decay factors of head h over a window of `size` rows."""
@@ -256,28 +351,37 @@ class Walk(Plumbing):
             return self.tables.window(h, slot, size, dims[0])
         return self.tables.chunk(h, begin, end, size, dims)
 
-    def chunk_heads(self, item: jax.Array, state: Ref, size: int) -> None:
+    def chunk_heads(self, item: jax.Array, state: Ref, size: int, drafts: bool) -> None:
         """All heads in sets, the second half of a set beside the first half of the next."""
         slot, out = self.inputs.slot(item), self.outputs.slot(item)
         begin, end = self.place(item)
-        self.tables.open(slot, begin, end, size)
+        tree = drafts and self.problem.tree
+        if not tree:
+            self.tables.open(slot, begin, end, size)
+        score: Any = channel.score if self.problem.per_channel else chunk.score
 
         def finish(half_done: list[HalfDone]) -> None:
             for x in half_done:
-                state[x.head] = chunk.advance(x.k, x.v, x.state, x.decays)
+                if not drafts:
+                    state[x.head] = chunk.advance(x.k, x.v, x.state, x.decays)
             for x in half_done:
-                o = chunk.output(x.scored, x.v) * self.late_scale
-                self.vmem.o[out, :size, self.value_lanes(x.head)] = o.astype(self.vmem.o.dtype)
+                if x.scored is not None:
+                    o = chunk.output(x.scored, x.v) * self.late_scale
+                    self.vmem.o[out, :size, self.value_lanes(x.head)] = o.astype(self.vmem.o.dtype)
 
         half_done: list[HalfDone] = []
         for heads in self.sets:
-            q = [self.vmem.q[slot, :size, self.key_lanes(h)] for h in heads]
             k = [self.vmem.k[slot, :size, self.key_lanes(h)] for h in heads]
             v = [self.vmem.v[slot, :size, self.value_lanes(h)] for h in heads]
             before = [state[h] for h in heads]
-            decays = [self.decays(h, slot, begin, end, size) for h in heads]
-            score = channel.score if self.problem.per_channel else chunk.score
-            scored = [score(*args) for args in zip(q, k, before, decays, strict=True)]
+            if tree:
+                decays = [self.vmem.tree.decays(h, size, self.scale) for h in heads]
+            else:
+                decays = [self.decays(h, slot, begin, end, size) for h in heads]
+            scored: list[chunk.Scored | None] = [None] * len(heads)
+            if self.problem.outputs:
+                q = [self.vmem.q[slot, :size, self.key_lanes(h)] for h in heads]
+                scored = [score(*args) for args in zip(q, k, before, decays, strict=True)]
             finish(half_done)
             fields = zip(heads, k, v, before, decays, scored, strict=True)
             half_done = [HalfDone(*args) for args in fields]
@@ -310,56 +414,57 @@ def like(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 def gla_kernel(
     batch: Batch,
-    operands: tuple[jax.Array, ...],
+    operands: Operands,
     *,
     problem: Problem,
     plan: Plan,
     scale: float,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> Results:
     """Runs the kernel.
 
     Args:
-      batch: int32 arrays slot_ids [N], cu_seqlens [N + 1], has_state [N].
-      operands: q, k [T, qk_heads * key_dim], v [T, heads * value_dim], log_decay (see `Operands`),
-        pool [slots, heads, key_dim, value_dim].
+      batch: int32 arrays.
+      operands: the arrays that the problem has; the pool is donated.
       problem: static facts of the call.
       plan: block sizes.
       scale: of the output.
       interpret: parameters of interpretation, or False.
-
-    Returns:
-      o [T, heads * value_dim] and the new pool.
     """
-    v, pool = operands[2], operands[4]
-    scalars = len(batch)
+    scalars = len([x for x in batch if x is not None])
     if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
-        operands = tuple(
-            pltpu.with_memory_space_constraint(x, pltpu.HBM) if x.ndim > 1 else x for x in operands
+        operands = jax.tree.map(
+            lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM) if x.ndim > 1 else x,
+            operands,
         )
 
     def body(*refs: Ref) -> None:
-        (q, k, v, log_decay, _), (o, pool), scratch = refs[scalars:-3], refs[-3:-1], refs[-1]
-        operands = Operands(q, k, v, log_decay, pool, o)
+        inputs, *results, scratch = refs[scalars:]
         block = pl.program_id(0)
-        Walk(problem, plan, scale, block, Batch(*refs[:scalars]), operands, scratch).run()
+        steer = Batch(*refs[:scalars])
+        Walk(problem, plan, scale, block, steer, inputs, Results(*results), scratch).run()
 
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    decay_spec = hbm if problem.per_token else pl.BlockSpec(memory_space=pltpu.SMEM)
+    in_specs = jax.tree.map(lambda _: hbm, operands)
+    if not problem.per_token:
+        in_specs = in_specs._replace(log_decay=pl.BlockSpec(memory_space=pltpu.SMEM))
+    shapes = Results(like(operands.v) if problem.outputs else None, like(operands.pool))
     return pl.pallas_call(
         body,
         name="gla",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=scalars,
             grid=(problem.heads // plan.heads,),
-            in_specs=[hbm, hbm, hbm, decay_spec, hbm],
-            out_specs=[hbm, hbm],
+            in_specs=[in_specs],
+            out_specs=jax.tree.map(lambda _: hbm, shapes),
             scratch_shapes=[Scratch.shapes(problem, plan)],
         ),
-        out_shape=[like(v), like(pool)],
-        input_output_aliases={scalars + 4: 1},
+        out_shape=shapes,
+        input_output_aliases={
+            scalars + len(jax.tree.leaves(operands)) - 1: len(jax.tree.leaves(shapes)) - 1
+        },
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_allowed(problem, plan)
         ),
         interpret=interpret,
-    )(*batch, *operands)
+    )(*[x for x in batch if x is not None], operands)

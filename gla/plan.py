@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gla.schedule import ROWS, Limits
+from gla.schedule import MAX_DRAFTS, ROWS, Limits, Schedule
 from tpukit import tuning
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
@@ -37,6 +37,9 @@ class Problem:
       per_token: decays differ from token to token; they are not constants of the heads.
       per_channel: and from key channel to key channel.
       batch_invariant: no bit of a request's result may depend on the rest of the batch.
+      outputs: there is a q, and an output; else only states advance.
+      drafts, tree: requests may be drafts; and have words of ancestors.
+      num_snapshots: states wanted in other slots.
     """
 
     num_tokens: int
@@ -51,10 +54,28 @@ class Problem:
     per_token: bool
     batch_invariant: bool
     per_channel: bool = False
+    outputs: bool = True
+    drafts: bool = False
+    tree: bool = False
+    num_snapshots: int = 0
 
     def limits(self, plan: Plan) -> Limits:
         """What the schedule depends on."""
-        return Limits(self.num_tokens, self.num_slots, plan.window, self.batch_invariant)
+        return Limits(
+            self.num_tokens,
+            self.num_slots,
+            plan.window,
+            self.batch_invariant,
+            self.outputs,
+            self.drafts,
+            self.tree,
+            self.num_snapshots,
+        )
+
+    @property
+    def any_work(self) -> bool:
+        """Whether there is anything for the kernel to do."""
+        return min(self.num_tokens, self.num_requests, self.num_slots) > 0
 
     @property
     def shifted(self) -> bool:
@@ -94,6 +115,11 @@ class Plan:
         while sizes[0] > 32:
             sizes.insert(0, sizes[0] // 2)
         return tuple(sizes)
+
+    @property
+    def draft_windows(self) -> tuple[int, ...]:
+        """Those of them that drafts need, wherever in a group they begin."""
+        return tuple(size for size in self.windows if size < 2 * (MAX_DRAFTS + ROWS - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,15 +162,25 @@ def vmem_bytes(problem: Problem, plan: Plan) -> int:
     qk = h // problem.group * problem.key_dim
     vo = h * problem.value_dim
     state = (problem.key_dim, problem.value_dim)
-    total = plan.inputs * (2 * padded((w, qk), problem.dtype) + padded((w, vo), problem.dtype))
-    total += 2 * padded((w, vo), problem.dtype)
+    rows = padded((w, qk), problem.dtype) + padded((w, vo), problem.dtype)
+    if problem.outputs:
+        rows += padded((w, qk), problem.dtype)
+        total = 2 * padded((w, vo), problem.dtype)
+        total += padded((h // problem.group, problem.key_dim, LANES), jnp.float32)
+        total += padded((h, ROWS, problem.value_dim), jnp.float32)
+    else:
+        total = 0
+    total += plan.inputs * rows
     total += plan.states * padded((h, *state), problem.state_dtype)
     if problem.state_dtype != jnp.float32:
         total += padded((h, *state), jnp.float32)
-    total += padded((h // problem.group, problem.key_dim, LANES), jnp.float32)
-    total += padded((h, ROWS, problem.value_dim), jnp.float32)
+    if problem.num_snapshots:
+        total += 2 * padded((h, *state), problem.state_dtype)
+    if problem.tree:
+        total += tree_bytes(plan)
     if problem.per_channel:
-        total += padded((h, problem.key_dim, LANES), jnp.float32)
+        if problem.outputs:
+            total += padded((h, problem.key_dim, LANES), jnp.float32)
         terms = 1 if problem.dtype == jnp.float32 else 2
         total += sum(padded((4 * size, terms * size), problem.dtype) for size in plan.windows)
         return total + plan.inputs * padded((w, h * problem.key_dim), jnp.float32)
@@ -155,6 +191,14 @@ def vmem_bytes(problem: Problem, plan: Plan) -> int:
     )
 
 
+def tree_bytes(plan: Plan) -> int:
+    """Bytes of VMEM of words of ancestors and what is made of them, see `gla.tree`."""
+    widest = plan.draft_windows[-1]
+    words = plan.inputs * padded((widest, LANES), jnp.int32)
+    sums = padded((widest, plan.heads), jnp.float32) + padded((plan.heads, widest), jnp.float32)
+    return words + padded((widest, widest), jnp.float32) + sums
+
+
 def vmem_allowed(problem: Problem, plan: Plan) -> int:
     """Bytes of VMEM to ask the compiler for: the buffers, and room for values that are spilled."""
     values = 8 if problem.per_channel else 4
@@ -163,9 +207,12 @@ def vmem_allowed(problem: Problem, plan: Plan) -> int:
 
 def scalars(problem: Problem, plan: Plan) -> int:
     """32-bit words of SMEM that the schedule and the description of the batch take."""
-    limits = problem.limits(plan)
-    items = limits.num_tokens // limits.chunk + 2 * problem.num_requests + 5
-    return 4 * items + 5 * (problem.num_requests + 4) + problem.num_slots + problem.heads
+    return (
+        sum(Schedule.sizes(problem.limits(plan), problem.num_requests))
+        + 3 * (problem.num_requests + 1)
+        + 2 * problem.num_snapshots
+        + problem.heads
+    )
 
 
 def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
@@ -190,6 +237,8 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
     windows = (32, 64, 128) if problem.per_channel else (32, 64, 128, 256)
     if plan.window not in windows:
         refuse("window", f"one of {windows}")
+    if problem.tree and plan.window < MAX_DRAFTS + ROWS:
+        refuse("window", f"128 or 256 for trees of {MAX_DRAFTS} drafts")
     for field in ("inputs", "states"):
         value = getattr(plan, field)
         if value < 2 or value & (value - 1):
@@ -223,7 +272,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
       UnsupportedError: nothing fits.
     """
     # f32 products take six passes of the matrix unit, and as much more code.
-    window = 64 if problem.dtype == jnp.float32 else 128
+    window = 64 if problem.dtype == jnp.float32 and not problem.tree else 128
     for heads in range(min(problem.heads, max(16, problem.group)), 0, -1):
         interleave = math.gcd(heads, 2 if problem.dtype == jnp.float32 else 4)
         for states, lookahead in ((8, 4), (4, 2)):
@@ -297,6 +346,14 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
     Raises:
       ArgumentError, UnsupportedError: the caller's plan is not legal, or none is.
     """
+    if problem.tree and problem.per_channel:
+        raise UnsupportedError(
+            where="gla",
+            what="a tree of drafts with a decay per key channel",
+            place=chip.name,
+            why="decays between drafts are computed for a scalar per token only",
+            advice="Verify chains, or use implementation='reference'.",
+        )
     words = scalars(problem, plan or Plan(problem.heads))
     if words > MAX_SCALARS:
         raise UnsupportedError(

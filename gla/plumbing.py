@@ -12,26 +12,37 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gla.plan import Plan, Problem
 from gla.recurrent import Staged
-from gla.schedule import ROWS, SKIP, Batch, Schedule, group_start, in_group
+from gla.schedule import ROWS, SKIP, VERIFY, Batch, Schedule, group_start, in_group
 from gla.tables import LANES, ChannelTables, ConstantTables, TokenTables
+from gla.tree import Tree
 from tpukit.buffers import Index, Stream
 
 Ref = Any
 
 
 class Operands(NamedTuple):
-    """Arrays in HBM; pool is written in place."""
+    """Arrays in HBM, None where the problem has none; pool is written in place."""
 
     q: Ref  # [T, qk_heads * key_dim]
     k: Ref  # [T, qk_heads * key_dim]
     v: Ref  # [T, heads * value_dim]
     log_decay: Ref  # f32; [heads] in SMEM, [heads / h, T, h] or [T, heads * key_dim]
+    words: Ref  # [T, LANES] i32, words of ancestors in lanes 0 and 1
     pool: Ref  # [slots, heads, key_dim, value_dim]
+
+
+class Results(NamedTuple):
+    """Arrays in HBM, None where the problem has none."""
+
     o: Ref  # [T, heads * value_dim]
+    pool: Ref  # [slots, heads, key_dim, value_dim]
 
 
 class Scratch(NamedTuple):
-    """On-chip memory; P = plan.inputs, S = plan.states, W = plan.window, h = plan.heads."""
+    """On-chip memory; P = plan.inputs, S = plan.states, W = plan.window, h = plan.heads.
+
+    What the problem does not need is None.
+    """
 
     schedule: Schedule
     q: Ref  # [P, W, h / group * key_dim]
@@ -40,12 +51,16 @@ class Scratch(NamedTuple):
     o: Ref  # [2, W, h * value_dim]
     states: Ref  # [S, h, key_dim, value_dim] in the type of the pool
     carry: Ref  # [h, key_dim, value_dim] f32: a narrower state between the chunks of a request
+    snapshots: Ref  # [2, h, key_dim, value_dim] in the type of the pool
     staged: Staged
     tables: list[Ref]
+    tree: Tree
     input_sems: Ref  # [P]
+    word_sems: Ref  # [P]
     output_sems: Ref  # [2]
     load_sems: Ref  # [S]
     store_sems: Ref  # [S]
+    snapshot_sems: Ref  # [2]
 
     @staticmethod
     def shapes(problem: Problem, plan: Plan) -> Scratch:
@@ -56,20 +71,26 @@ class Scratch(NamedTuple):
         narrow = problem.state_dtype != jnp.float32
         tables = TokenTables if problem.per_token else ConstantTables
         tables = ChannelTables if problem.per_channel else tables
+        none: Any = None
+        dma, wanted = pltpu.SemaphoreType.DMA, problem.num_snapshots > 0
         return Scratch(
             schedule=Schedule.shapes(problem.limits(plan), problem.num_requests),
-            q=pltpu.VMEM((plan.inputs, *qk), problem.dtype),
+            q=pltpu.VMEM((plan.inputs, *qk), problem.dtype) if problem.outputs else None,
             k=pltpu.VMEM((plan.inputs, *qk), problem.dtype),
             v=pltpu.VMEM((plan.inputs, *vo), problem.dtype),
-            o=pltpu.VMEM((2, *vo), problem.dtype),
+            o=pltpu.VMEM((2, *vo), problem.dtype) if problem.outputs else None,
             states=pltpu.VMEM((plan.states, *state), problem.state_dtype),
             carry=pltpu.VMEM(state if narrow else (1, 8, 128), jnp.float32),
-            staged=Staged.shapes(problem, plan),
+            snapshots=pltpu.VMEM((2, *state), problem.state_dtype) if wanted else None,
+            staged=Staged.shapes(problem, plan) if problem.outputs else none,
             tables=tables.shapes(problem, plan),
-            input_sems=pltpu.SemaphoreType.DMA((plan.inputs,)),
-            output_sems=pltpu.SemaphoreType.DMA((2,)),
-            load_sems=pltpu.SemaphoreType.DMA((plan.states,)),
-            store_sems=pltpu.SemaphoreType.DMA((plan.states,)),
+            tree=Tree.shapes(plan) if problem.tree else none,
+            input_sems=dma((plan.inputs,)),
+            word_sems=dma((plan.inputs,)) if problem.tree else None,
+            output_sems=dma((2,)),
+            load_sems=dma((plan.states,)),
+            store_sems=dma((plan.states,)),
+            snapshot_sems=dma((2,)) if wanted else None,
         )
 
 
@@ -83,6 +104,7 @@ class Plumbing:
     block: jax.Array
     batch: Batch
     hbm: Operands
+    results: Results
     vmem: Scratch
 
     @property
@@ -149,6 +171,8 @@ class Plumbing:
                 (self.hbm.k, self.vmem.k),
                 (self.hbm.v, self.vmem.v),
             ):
+                if source is None:
+                    continue
                 part = source.at[rows, self.lanes(window.shape[2])]
                 moves.append(pltpu.make_async_copy(part, window.at[slot, pl.ds(0, rows.size)], sem))
             return moves
@@ -160,12 +184,28 @@ class Plumbing:
         return Stream(copies, self.plan.inputs, exists)
 
     @property
+    def words(self) -> Stream:
+        """Per item of drafts: their words of ancestors."""
+
+        def copies(item: Index, slot: jax.Array) -> list[Any]:
+            rows = self.rows(item, group_start(self.end(item) + ROWS - 1))
+            target = self.vmem.tree.words.at[slot, pl.ds(0, rows.size)]
+            sem = self.vmem.word_sems.at[slot]
+            return [pltpu.make_async_copy(self.hbm.words.at[rows], target, sem)]
+
+        def exists(item: Index) -> jax.Array:
+            inside = item < self.num_items
+            return inside & (self.schedule.kind[jnp.where(inside, item, 0)] & VERIFY != 0)
+
+        return Stream(copies, self.plan.inputs, exists)
+
+    @property
     def outputs(self) -> Stream:
         """Per item: the groups of o that it completes."""
 
         def copies(item: Index, slot: jax.Array) -> list[Any]:
             rows = self.rows(item, self.complete(item))
-            part = self.hbm.o.at[rows, self.lanes(self.vmem.o.shape[2])]
+            part = self.results.o.at[rows, self.lanes(self.vmem.o.shape[2])]
             window = self.vmem.o.at[slot, pl.ds(0, rows.size)]
             return [pltpu.make_async_copy(window, part, self.vmem.output_sems.at[slot])]
 
@@ -177,7 +217,7 @@ class Plumbing:
 
     def state(self, slot: jax.Array) -> Ref:
         """This block's heads of a slot of the pool."""
-        return self.hbm.pool.at[slot, pl.ds(self.block * self.plan.heads, self.plan.heads)]
+        return self.results.pool.at[slot, pl.ds(self.block * self.plan.heads, self.plan.heads)]
 
     @property
     def loads(self) -> Stream:
@@ -214,3 +254,14 @@ class Plumbing:
             return inside & (self.schedule.store[jnp.where(inside, request, 0)] >= 0)
 
         return Stream(copies, self.plan.states, exists)
+
+    @property
+    def snapshots(self) -> Stream:
+        """Per snapshot: a state to another slot."""
+
+        def copies(number: Index, slot: jax.Array) -> list[Any]:
+            target = self.state(self.schedule.target[number])
+            source, sem = self.vmem.snapshots.at[slot], self.vmem.snapshot_sems.at[slot]
+            return [pltpu.make_async_copy(source, target, sem)]
+
+        return Stream(copies, 2, lambda number: jnp.int32(number) >= 0)

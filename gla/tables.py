@@ -83,6 +83,14 @@ class ConstantTables:
     def open(self, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> None:
         """Prepares an item: nothing to do."""
 
+    def row(self, log_decay: Ref, block: jax.Array) -> jax.Array:
+        """[1, heads] log decays. log_decay: [heads] f32 in SMEM."""
+        heads = self.within.shape[0]
+        steps = jnp.zeros((1, heads), jnp.float32)
+        for h in range(heads):
+            steps = jnp.where(iota(steps.shape, 1) == h, log_decay[block * heads + h], steps)
+        return clip_log_decay(steps)
+
     def chunk(
         self, h: int, begin: jax.Array, end: jax.Array, size: int, dims: tuple[int, int]
     ) -> Decays:
@@ -138,11 +146,16 @@ class TokenTables:
         source = log_decay.at[block, rows]
         return [pltpu.make_async_copy(source, self.steps.at[slot, pl.ds(0, rows.size)], sem)]
 
+    def inside(self, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> jax.Array:
+        """[size, h] log decays of the rows [begin, end) of a window, zeros around them."""
+        row = iota((size, self.sums.shape[1]), 0)
+        inside = (row >= begin) & (row < end)
+        return jnp.where(inside, clip_log_decay(self.steps[slot, :size]), 0.0)
+
     def open(self, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> None:
         """Sums the log decays of an item whose rows are [begin, end) of a window of `size`."""
         row = iota((size, self.sums.shape[1]), 0)
-        inside = (row >= begin) & (row < end)
-        total = jnp.where(inside, clip_log_decay(self.steps[slot, :size]), 0.0)
+        total = self.inside(slot, begin, end, size)
         step = 1
         while step < size:
             total += jnp.where(row >= step, pltpu.roll(total, step, 0), 0.0)

@@ -25,6 +25,7 @@ from gla.schedule import ROWS
 from microbench.case import Call, Case, Check, Cost
 from microbench.cases._gla_bundles import Schedule
 from reference import gla as reference
+from reference import gla_drafts
 from reference.gla import Decay
 from tpukit import interpret
 
@@ -50,13 +51,18 @@ BATCHES: dict[str, tuple[int, tuple[int, ...]]] = {  # decodes, lengths of the p
     "decode": (64, ()),
     "mixed": (32, (512, 512)),
 }
+# Four drafts of each request, from a model's multi-token heads; a prefix cache of pages of 16 rows.
+DRAFTED = {"verify": (0, (4,) * 64), "tree": (0, (4,) * 64)}
+CACHED = {"snapshots": BATCHES["step"]}
 
 
 def _case(model: str, batch: str) -> Case:
-    decodes, prefills = BATCHES[batch]
+    decodes, prefills = (BATCHES | DRAFTED | CACHED)[batch]
     sizes = {"key_dim": 128, "value_dim": 128, "layer": 0, "dtype": "bfloat16", "state": "float32"}
     rule = RULES.get(model, {"decay": "head"})
     sizes |= MODELS.get(model, MODELS["ling-2.6-1t"])
+    drafts = {"verify": "chain", "tree": "tree"}.get(batch, "")
+    sizes |= {"drafts": drafts, "page": 16 * (batch in CACHED)}
     params = {"decodes": decodes, "prefills": prefills, **sizes, **rule}
     return Case("gla", f"{model}/{batch}", params)
 
@@ -64,6 +70,7 @@ def _case(model: str, batch: str) -> Case:
 CASES = (
     *(_case(model, batch) for model in MODELS for batch in BATCHES),
     *(_case(rule, "prefill") for rule in RULES),
+    *(_case("ling-2.6-1t", batch) for batch in (*DRAFTED, *CACHED)),
 )
 
 
@@ -82,6 +89,8 @@ class Shape:
     dtype: str
     state: str
     decay: str
+    drafts: str  # "chain" or "tree": what is not decoded is drafts; or ""
+    page: int  # rows after multiples of which the last state of a prefill is kept; or 0
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -95,13 +104,41 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        """States in the pool: one per request and two that nobody uses."""
-        return len(self.lengths) + 2
+        """States in the pool: one per request and two that nobody uses, and the snapshots."""
+        return len(self.lengths) + 2 + len(self.kept)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The rows after which states are kept."""
+        if not self.page:
+            return ()
+        ends = np.cumsum(self.lengths)
+        rows = ends - np.asarray(self.lengths) % self.page - 1
+        return tuple(int(r) for r, n in zip(rows, self.lengths, strict=True) if n >= self.page)
+
+    def options(self) -> dict[str, Any]:
+        """Drafts and snapshots of the batch."""
+        found: dict[str, Any] = {}
+        if self.drafts:
+            flags = jnp.arange(len(self.lengths)) >= self.decodes
+            found["drafts"] = gla.Drafts(flags, self.words() if self.drafts == "tree" else None)
+        if self.page:
+            slots = len(self.lengths) + 2 + jnp.arange(len(self.kept), dtype=jnp.int32)
+            found["snapshots"] = gla.Snapshots(jnp.asarray(self.kept, jnp.int32), slots)
+        return found
+
+    def words(self) -> jax.Array:
+        """Binary trees: the parent of draft d is draft (d - 1) // 2."""
+        paths = [1]
+        while len(paths) < max(self.lengths):
+            paths.append(paths[(len(paths) - 1) // 2] | 1 << len(paths))
+        words = [word for length in self.lengths for word in paths[:length]]
+        return jnp.asarray(np.asarray(words, np.uint32)[:, None])
 
     def resumes(self) -> np.ndarray:
-        """[N] whether a request has a state: decodes do, and every other prefill."""
+        """[N] whether a request has a state: decodes and drafts do, and every other prefill."""
         index = np.arange(len(self.lengths))
-        return (index < self.decodes) | (index % 2 == 1)
+        return (index < self.decodes) | (index % 2 == 1) | bool(self.drafts)
 
     def reduced(self) -> Shape:
         """The same kind of batch, small enough to be interpreted."""
@@ -199,12 +236,12 @@ def _plan(case: Case) -> gla.Plan | None:
     return gla.Plan(**fields) if fields else None
 
 
-def _call(shape: Shape, run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`run` on flat q, k, v, as the projections of a model leave them."""
+def _call(shape: Shape, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`function` on flat q, k, v, as the projections of a model leave them."""
 
     def fn(*args: Any) -> tuple[jax.Array, jax.Array]:
         arrays, decay = _arguments(shape, Inputs(*args))
-        o, pool = run(*arrays, decay=decay, **options)
+        o, pool = function(*arrays, decay=decay, **shape.options(), **options)
         return o.reshape(-1, shape.heads * shape.value_dim), pool
 
     return fn
@@ -228,7 +265,7 @@ def chips(case: Case) -> tuple[str, ...]:
 
 def reference_fn(case: Case) -> Callable[..., Any]:
     """The chunked reference."""
-    return jax.jit(_call(_shape(case), reference.chunked))
+    return jax.jit(_call(_shape(case), gla_drafts.gla))
 
 
 def kernel_fn(case: Case) -> Callable[..., Any]:
@@ -250,12 +287,12 @@ def check(case: Case, seed: int) -> list[Check]:
             kernel = jax.jit(run)
             o, pool = jax.block_until_ready(kernel(*args))
     with jax.enable_x64(True):
-        oracle = _call(shape, reference.recurrent, dtype=jnp.float64)
+        oracle = _call(shape, gla_drafts.gla, run=reference.recurrent, dtype=jnp.float64)
         wide = [x.astype(jnp.float64) if x.dtype == shape.dtype else x for x in args]
         exact, exact_pool = jax.jit(oracle)(*wide[:3], args.pool.astype(jnp.float64), *wide[4:])
-    rounded = _call(shape, reference.chunked, operands=jnp.dtype(shape.dtype))
+    rounded = _call(shape, gla_drafts.gla, operands=jnp.dtype(shape.dtype))
     plain, plain_pool = jax.jit(rounded)(*args)
-    used = np.asarray(args.slot_ids)
+    used = np.r_[np.asarray(args.slot_ids), len(shape.lengths) + 2 : shape.slots]
     unused = np.setdiff1d(np.arange(shape.slots), used)
     touched = np.sum(np.asarray(pool)[unused] != np.asarray(args.pool)[unused])
     return [
@@ -312,7 +349,8 @@ def cost(case: Case) -> Cost:
     shape = _shape(case)
     dims = shape.heads * shape.key_dim * shape.value_dim
     width = 2 * shape.heads * (shape.key_dim + shape.value_dim)  # q, k, v and o
-    states = int(shape.resumes().sum()) + len(shape.lengths)  # read and written
+    written = shape.decodes if shape.drafts else len(shape.lengths)
+    states = int(shape.resumes().sum()) + written + len(shape.kept)
     row_bytes = shape.tokens * width * jnp.dtype(shape.dtype).itemsize
     if shape.decay != "head":
         row_bytes += _specs(shape).g.size * 4
@@ -326,12 +364,14 @@ def explain(case: Case, chip: str) -> gla.Explanation:
     """What `gla.explain` says."""
     shape = _shape(case)
     arrays, decay = jax.eval_shape(lambda *args: _arguments(shape, Inputs(*args)), *_specs(shape))
-    return gla.explain(*arrays, decay=decay, chip=chip, plan=_plan(case))
+    return gla.explain(*arrays, decay=decay, chip=chip, plan=_plan(case), **shape.options())
 
 
 def figures(case: Case, report: Any) -> dict[str, float]:
     """Bundles of the steady loop per token and head and per decode and head, and of the batch."""
     shape = _shape(case)
+    if shape.drafts or shape.page:  # which take other paths through the kernel
+        return {}
     plan = explain(case, report.chip).plan
     schedule = Schedule.of(report.kernel("gla"), plan)
     steps = shape.heads // plan.heads

@@ -26,20 +26,20 @@ def compiled(mode, plan, batch_invariant, scale):
     """A jitted kernel per static choice; the mode only keeps traces apart."""
 
     @jax.jit
-    def kernel(*args):
+    def kernel(*args, **more):
         *rest, g = args
         decay = oracle.decay_of(g)
-        options = {"plan": plan, "batch_invariant": batch_invariant, "scale": scale}
+        options = {"plan": plan, "batch_invariant": batch_invariant, "scale": scale} | more
         return gla.gla(*rest, decay=decay, implementation="interpret", **options)
 
     return kernel
 
 
-def run(batch, mode=LATE, plan=PLAN, batch_invariant=False, scale=None):
+def run(batch, mode=LATE, plan=PLAN, batch_invariant=False, scale=None, **more):
     """Output and pool of the kernel under the strict harness, as numpy arrays."""
     kernel = compiled(mode, plan, batch_invariant, scale)
     with interpret.strict(mode):
-        o, pool = kernel(*batch.args(), jnp.asarray(batch.g))
+        o, pool = kernel(*batch.args(), jnp.asarray(batch.g), **more)
         return np.asarray(o), np.asarray(pool)
 
 
