@@ -24,6 +24,7 @@ from ragged_attention.blocks import Blocks
 from ragged_attention.flash import UNSEEN, iota
 from ragged_attention.layout import LANES
 from ragged_attention.plan import (
+    HEADS_AT_ONCE,
     MANY,
     VMEM_LEFT,
     Plan,
@@ -37,7 +38,6 @@ from tpukit.chips import Chip
 from tpukit.manual import manual_axes
 
 Ref = Any
-HEADS_AT_ONCE = 2  # of a block of many queries: the next one's products hide the last one's sums
 
 
 class Tile(NamedTuple):

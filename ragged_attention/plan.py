@@ -23,6 +23,9 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MANY = 64  # query tokens from which on a block is worth the arithmetic for large blocks
 STRIP_ROWS = 256  # rows of logits that are computed together
+HEADS_AT_ONCE = 2  # of a block of many queries: the next one's products hide the last one's sums
+F32_PASSES = 6  # products of bf16 that make one of f32
+CODE = 10_000  # most products in unrolled code: some 10 seconds of compiling
 TILE_BYTES = 8 * 2**20  # longest tile worth having
 TILES_BYTES = 32 * 2**20  # more in flight does not hide more
 RESIDENT_PAGES = 2**16  # longest list of pages that is kept in SMEM
@@ -235,6 +238,15 @@ def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
     return vmem_bytes(problem, plan, chip) + values + 6 * 2**20
 
 
+def code_size(problem: Problem, plan: Plan, side: int) -> int:
+    """Products of registers in the code of the largest block, which is unrolled."""
+    style, layout = style_of(problem, plan.queries, side), problem.layout
+    heads = layout.kv_heads if style.unrolled else math.gcd(layout.kv_heads, HEADS_AT_ONCE)
+    lanes = (layout.keys.width + layout.vals.width) // LANES
+    passes = F32_PASSES if problem.compute_dtype == jnp.float32 else 1
+    return heads * -(-style.rows // 8) * (plan.keys // LANES) * lanes * passes
+
+
 def scalars(problem: Problem) -> int:
     """32-bit words of SMEM that the description of the batch takes."""
     return 5 * (problem.num_requests + 2)
@@ -321,6 +333,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
         tile = length * problem.layout.token_bytes
         plan = Plan(queries, length, tiles, min(tiles, 8))
         useful = tile <= TILE_BYTES and (tiles <= 4 or tiles * tile <= TILES_BYTES)
+        useful &= code_size(problem, plan, chip.mxu_side) <= (CODE if prefill else 2 * CODE)
         if useful and fits(problem, plan, chip):
             return plan
     raise UnsupportedError(

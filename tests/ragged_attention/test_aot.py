@@ -3,6 +3,7 @@
 # ruff: noqa: E501  (a row of a table is a line)
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from tpukit.predict import predict
 
 V5E, V5P, V6E, V7 = "v5e", "v5p", "v6e", "tpu7x"
 BF16, F32 = jnp.bfloat16, jnp.float32
-SECONDS = 60  # to trace and compile a kernel, on a machine that others use as well
+SECONDS = 20  # of a processor, to trace and compile a kernel
 BUNDLES = 1000  # of a request of 100 tokens that decodes
 MXU, SPILLS = 75, 80  # % of bundles of the widest tile of 64 heads
 
@@ -42,7 +43,7 @@ class Shape:
     sinks: bool = False
     placed: bool = False
     scales: str = ""  # of "one", "heads", "tokens"
-    options: tuple[tuple[str, float | bool], ...] = ()
+    options: tuple[tuple[str, float | bool | ra.Plan], ...] = ()
 
     def call(self):
         """The jitted function, and shapes for it."""
@@ -85,78 +86,78 @@ class Shape:
 
 
 LATENT = {"key_dim": 576, "value_dim": 512, "latent": True}
-MANY = {"tokens": 64, "requests": 4}
 F8, F8W, I8, W32 = "float8_e4m3fn", "float8_e5m2", "int8", "float32"
 
-# Heads, widths, types of the cache, page sizes and options, each with every other in some pair, in
-# the smallest batches that have them; the largest are the cases of the benchmark, below.
+SMALL = ra.Plan(queries=64, keys=512, tiles=4, blocks=4)
+LSE, CAP, LONG = ("return_lse", True), ("soft_cap", 30.0), ("temperature_len", 8192)
+UNCHECKED = ("bounds_checks", False)
+
+# Every number of heads, width, type of the cache, page size and option for every chip, in small
+# blocks, which have all the code; the sizes of blocks are tested below.
 MATRIX = {
-    # decode
-    "8/1 heads": ((V5E, V5P, V6E, V7), Shape()),
-    "16/4 heads, page 16, lse": ((V7,), Shape(16, 4, page_size=16, options=(("return_lse", True),))),
-    "MQA, 5 heads, page 8": ((V6E,), Shape(5, 1, page_size=8)),
-    "one head, page 256, table": ((V5E,), Shape(1, 1, page_size=256, table=True)),
-    "7 per head, windows": ((V7,), Shape(7, 1, mask="windows")),
-    "float8, soft cap": ((V6E,), Shape(cache=F8, options=(("soft_cap", 30.0),))),
-    "float8 e5m2, page 64, sinks": ((V5E,), Shape(cache=F8W, page_size=64, sinks=True)),
-    "int8, scales": ((V7,), Shape(8, 2, cache=I8, scales="heads")),
-    "f32 cache, page 8": ((V6E,), Shape(4, 1, cache=W32, page_size=8)),
-    "f32, page 32": ((V7,), Shape(4, 1, dtype=F32, cache=W32, page_size=32)),
-    "f32 over bf16, scale": ((V5E,), Shape(2, 1, dtype=F32, scales="one")),
-    "dim 64, sinks, window": ((V7,), Shape(8, 2, 64, sinks=True, mask="window")),
-    "dim 64, one head": ((V5E,), Shape(8, 1, 64, page_size=32)),
-    "dim 80, 5 heads": ((V6E,), Shape(5, 5, 80, page_size=32)),
-    "dim 96, scales of tokens": ((V7,), Shape(4, 2, 96, scales="tokens")),
-    "dim 112, page 64": ((V5E,), Shape(4, 2, 112, page_size=64)),
-    "dim 192, update off": ((V6E,), Shape(4, 1, 192, update=False)),
-    "dim 256, float8, page 16": ((V7,), Shape(4, 2, 256, cache=F8, page_size=16)),
-    "dims 192 and 128": ((V7,), Shape(4, 2, 192, 128)),
-    "dims 64 and 256": ((V6E,), Shape(4, 2, 64, 256, page_size=16)),
-    "latent, page 64": ((V6E,), Shape(8, **LATENT, page_size=64)),
-    "latent, float8, lse": ((V7,), Shape(4, **LATENT, cache=F8, options=(("return_lse", True),))),
-    "latent 192/128": ((V5E,), Shape(8, key_dim=192, value_dim=128, latent=True, page_size=16)),
-    "query starts, lse": ((V5E, V6E), Shape(placed=True, options=(("return_lse", True),))),
-    "checks of transfers off": ((V7,), Shape(options=(("bounds_checks", False),))),
-    # many query tokens in a block
-    "chunks": ((V5E,), Shape(8, 2, **MANY)),
-    "chunks, not causal, float8": ((V7,), Shape(4, 1, **MANY, mask="full", cache=F8)),
-    "chunks, dim 64, sinks": ((V6E,), Shape(4, 2, 64, **MANY, sinks=True)),
-    "chunks, dim 256, soft cap": ((V5E,), Shape(2, 1, 256, **MANY, options=(("soft_cap", 50.0),))),
-    "chunks, dim 80, windows, page 8": ((V7,), Shape(4, 2, 80, **MANY, mask="windows", page_size=8)),
-    "chunks, f32, lse": ((V6E,), Shape(1, 1, dtype=F32, cache=W32, **MANY, options=(("return_lse", True),))),
-    "chunks, update off, int8": ((V5E,), Shape(4, 1, **MANY, update=False, cache=I8)),
-    "chunks, query starts, temperature": ((V7,), Shape(4, 1, **MANY, placed=True, options=(("temperature_len", 8192),))),
-    # lengths
-    "one token": ((V5E, V7), Shape(tokens=1, requests=1)),
-    "odd numbers": ((V6E,), Shape(4, tokens=37, requests=5, pages=3)),
-    "256 requests of 262,144": ((V7,), Shape(tokens=256, requests=256, pages=2048, cache=F8)),
-    "4 requests of 1,048,576, page 16": ((V7, V5E), Shape(tokens=4, requests=4, pages=65536, page_size=16)),
+    "8/1 heads, page 128, window, sinks, lse": Shape(mask="window", sinks=True, options=(LSE,)),
+    "f32, 2 of 80, page 8, windows, query starts, lse": Shape(2, 2, 80, dtype=F32, cache=W32, page_size=8, mask="windows", placed=True, options=(LSE,)),
+    "f32 over bf16, 4/2 of 96, page 16, scales of heads, soft cap": Shape(4, 2, 96, dtype=F32, page_size=16, scales="heads", options=(CAP,)),
+    "int8, 5/5 of 64, page 32, one scale, not causal": Shape(5, 5, 64, cache=I8, page_size=32, scales="one", mask="full"),
+    "e4m3, 4/2 of 256, page 64, scales of tokens, table": Shape(4, 2, 256, cache=F8, page_size=64, scales="tokens", table=True),
+    "e5m2, 7/1 of 112, page 256, temperature, update off": Shape(7, 1, 112, cache=F8W, page_size=256, update=False, options=(LONG,)),
+    "4/2 of 192 and 128, page 16, a tree": Shape(4, 2, 192, 128, page_size=16, mask="tree"),
+    "latents, page 64, windows, sinks, checks off": Shape(4, **LATENT, page_size=64, mask="windows", sinks=True, options=(UNCHECKED,)),
 }  # fmt: skip
-PAIRS = [(name, chip) for name, (chips, _) in MATRIX.items() for chip in chips]
+PAIRS = [(name, chip) for name in MATRIX for chip in ra.SUPPORTED_CHIPS]
 
 
 @pytest.mark.parametrize(("name", "chip"), PAIRS)
 def test_the_matrix_compiles(name, chip):
-    fn, args = MATRIX[name][1].call()
+    shape = MATRIX[name]
+    queries = 64 if shape.mask == "tree" else max(16, 32 // jnp.dtype(shape.cache).itemsize)
+    small = dataclasses.replace(SMALL, queries=queries)
+    compiles(dataclasses.replace(shape, options=(*shape.options, ("plan", small))), chip)
+
+
+def compiles(shape, chip):
+    compiled_soon(*shape.call(), chip)
+
+
+def compiled_soon(fn, args, chip):
+    begin = time.process_time()
     compiled = aot.compile_for(fn, *args, chip=chip)
     assert compiled.kernels == ("ragged_attention.1",)
-    assert compiled.lower_seconds + compiled.compile_seconds < SECONDS
+    assert time.process_time() - begin < SECONDS
+    return compiled
 
 
 def test_the_matrix_has_every_kind():
-    shapes = [shape for _, shape in MATRIX.values()]
-    assert {chip for _, chip in PAIRS} == set(ra.SUPPORTED_CHIPS)
+    shapes = MATRIX.values()
     assert {shape.cache for shape in shapes} == set(plan.CACHE_DTYPES)
     assert {shape.page_size for shape in shapes} == set(plan.PAGE_SIZES)
-    assert {64, 80, 96, 112, 128, 192, 256} <= {shape.key_dim for shape in shapes}
+    assert {64, 80, 96, 112, 128, 192, 256, 576} == {shape.key_dim for shape in shapes}
+    assert {shape.scales for shape in shapes} == {"", "one", "heads", "tokens"}
+    assert {shape.mask for shape in shapes} == {"", "full", "window", "windows", "tree"}
+
+
+# Blocks as they are chosen.
+CHOSEN = {
+    "one token": ((V5E,), Shape(tokens=1, requests=1)),
+    "odd numbers": ((V6E,), Shape(4, tokens=37, requests=5, pages=3)),
+    "256 requests of 262,144": ((V7,), Shape(1, 1, tokens=256, requests=256, pages=2048, cache=F8)),
+    "1,048,576 tokens, page 16": ((V7,), Shape(tokens=4, requests=4, pages=65536, page_size=16)),
+    "chunks, dim 64, not causal, float8": ((V5P,), Shape(4, 1, 64, tokens=64, requests=4, mask="full", cache=F8)),
+    "chunks, f32, lse": ((V6E,), Shape(8, 2, dtype=F32, cache=W32, tokens=512, requests=4, options=(LSE,))),
+    "chunks, latents": ((V5E,), Shape(16, **LATENT, tokens=512, requests=4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"), [(n, chip) for n, (on, _) in CHOSEN.items() for chip in on]
+)
+def test_chosen_blocks_compile(name, chip):
+    compiles(CHOSEN[name][1], chip)
 
 
 BY_NAME = {case.name: case for case in cases.CASES}
 PRODUCTION = [  # other cases are these with other lengths
-    *((name, V7) for name in ("decode/2k", "decode/float8", "decode/page-16", "prefill/8k")),
-    *((name, V7) for name in ("mla/4k", "mla/8k", "mla/8k-float8")),
-    ("drafts/causal", V7),
-    ("drafts/tree", V7),
+    *((name, V7) for name in ("decode/page-16", "prefill/8k", "mla/8k")),
 ]
 
 
@@ -165,9 +166,7 @@ def test_production_shapes_compile_with_default_plans(name, chip):
     target, arguments = cases.aot_target(BY_NAME[name])
     assert target.endswith(":build")
     fn, args = cases.build(chip, **arguments)
-    compiled = aot.compile_for(fn, *args, chip=chip)
-    assert compiled.kernels == ("ragged_attention.1",)
-    assert compiled.lower_seconds + compiled.compile_seconds < SECONDS
+    compiled = compiled_soon(fn, args, chip)
     pool = args[3].shape[0] * args[3].shape[1] * 4
     rows = sum(x.size * 2 for x in args[:3] if x is not None)
     assert compiled.temp_bytes < pool / 8 + rows  # the cache is not copied
