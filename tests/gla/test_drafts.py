@@ -41,8 +41,7 @@ def wanted(rows, slots):
     return gla.Snapshots(jnp.asarray(rows, jnp.int32), jnp.asarray(slots, jnp.int32))
 
 
-@pytest.mark.parametrize("tree", [False, True])
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("per_token,tree", [(False, True), (True, False)])
 def test_drafts_beside_decode_and_prefill(per_token, tree):
     batch, words = mixed(1, per_token=per_token, tree=tree)
     o, pool = run(batch, drafts=arrays(DRAFT, words))
@@ -259,8 +258,7 @@ def call(function, batch, **options):
     return function(*batch.args(), decay=batch.decay, **options)
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("tree,per_token", [(False, False), (True, True)])
 def test_the_specification_is_the_definition(tree, per_token):
     batch, words = mixed(10, per_token=per_token, tree=tree, gap=3)
     words = None if words is None else np.roll(words, 3, axis=0)

@@ -22,6 +22,8 @@ class Shape(test_aot.Shape):
         """A step of drafts and snapshots, or a commit, on flat rows."""
 
         def decay(g):
+            if self.per_channel:
+                return gla.ChannelDecay(g.reshape(self.tokens, self.heads, self.key_dim))
             return gla.TokenDecay(g) if self.per_token else gla.HeadDecay(g)
 
         def verify(q, k, v, *rest):
@@ -29,6 +31,7 @@ class Shape(test_aot.Shape):
             drafts = gla.Drafts(flags, words if self.words else None)
             snapshots = gla.Snapshots(rows, slots) if self.snapshots else None
             options = {"drafts": drafts, "snapshots": snapshots, "implementation": "pallas"}
+            options["batch_invariant"] = self.batch_invariant
             o, pool = gla.gla(qk(q), qk(k), vo(v), *batch, decay=decay(g), **options)
             return o.reshape(self.tokens, -1), pool
 
@@ -65,6 +68,8 @@ OPTIONS = {
     "f32 trees": Shape(words=2, dtype=F32),
     "commit": Shape(commits=True),
     "commit per token": Shape(commits=True, per_token=True),
+    "commit per channel": Shape(commits=True, per_channel=True),
+    "chains per channel, batch invariant": Shape(per_channel=True, batch_invariant=True),
     "production trees": Shape(256, 64, 16, 16, words=1),
 }
 
