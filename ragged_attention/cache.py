@@ -47,7 +47,8 @@ def allocate_kv_cache(
       kv_heads: key/value heads (of this device).
       key_dim: width of a key.
       value_dim: width of a value, key_dim by default.
-      dtype: of keys and values: bfloat16, float32, int8, float8_e4m3fn or float8_e5m2.
+      dtype: of keys and values: bfloat16, float32, int8, float8_e4m3fn, float8_e5m2 or, on tpu7x
+        (and wherever the reference runs), float4_e2m1fn.
 
     Raises:
       ArgumentError: one of them is not possible.

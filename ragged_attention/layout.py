@@ -1,8 +1,8 @@
 """How the cache lies in memory: rows of 32-bit words, so that a DMA can move any of them.
 
 A token's row holds the keys of all heads, then the values of all heads, and is padded once, to a
-multiple of 128 lanes. Rows of tokens that share words (2 of bf16, 4 of 8-bit types) are packed one
-above the other, as the vector registers pack them: word (i, lane) holds tokens i * pack,
+multiple of 128 lanes. Rows of tokens that share words (2 of bf16, 4 or 8 of narrow types) are
+packed one above the other, as the vector registers pack them: word (i, lane) holds tokens i * pack,
 i * pack + 1, ... from its low bits up, so a register of words is a register of keys. A head need
 not begin at a multiple of 128 lanes: it is multiplied as part of an aligned window, in which the
 query has zeros beside it.
@@ -21,6 +21,13 @@ from tpukit import checks
 from tpukit.errors import ArgumentError
 
 LANES = 128
+UNSIGNED = {4: jnp.uint4, 8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}
+
+
+def bits_of(dtype: Any) -> int:
+    """Bits of a value in the cache; arrays elsewhere give a byte to 4 of them."""
+    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    return int(info(dtype).bits)
 
 
 def round_up(value: Any, multiple: int) -> Any:
@@ -70,8 +77,8 @@ class CacheLayout:
     Attributes:
       kv_heads: key/value heads.
       key_dim, value_dim: widths of a head.
-      dtype: name of the type of keys and values, "float32", "bfloat16", "int8", "float8_e4m3fn" or
-        "float8_e5m2".
+      dtype: name of the type of keys and values, "float32", "bfloat16", "int8", "float8_e4m3fn",
+        "float8_e5m2" or, on tpu7x, "float4_e2m1fn".
       page_size: tokens of a page.
       latent: values are the first value_dim lanes of the keys (multi-head latent attention).
     """
@@ -86,7 +93,7 @@ class CacheLayout:
     @property
     def pack(self) -> int:
         """Tokens that share a word."""
-        return 4 // jnp.dtype(self.dtype).itemsize
+        return 32 // bits_of(self.dtype)
 
     @property
     def page_rows(self) -> int:
@@ -172,9 +179,9 @@ def contained(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]
 
     A weight of 0 times NaN is NaN, also for queries that do not see a token. The logits of a key
     that is NaN are NaN for the queries that see it, and the mask keeps them from the others. Not so
-    int8, which has no NaN, and latents without a rotated part, whose keys are the values: of those,
-    as of values put into pages by others, one that is not finite reaches all queries of its request
-    that are computed together.
+    int8 and float4, which have no NaN, and latents without a rotated part, whose keys are the
+    values: of those, as of values put into pages by others, one that is not finite reaches all
+    queries of its request that are computed together.
     """
     width = keys.shape[-1]
     if not (width and jnp.issubdtype(values.dtype, jnp.floating)):
@@ -211,13 +218,13 @@ def pack_pages(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -
 
 def word_bits(rows: jax.Array) -> jax.Array:
     """Each value alone in the low bits of a word, int32."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[rows.dtype.itemsize]
+    unsigned = UNSIGNED[bits_of(rows.dtype)]
     return lax.bitcast_convert_type(rows, unsigned).astype(jnp.uint32).view(jnp.int32)
 
 
 def to_words(rows: jax.Array) -> jax.Array:
     """Packs rows [n, width] of a type into words [n / pack, width] int32."""
-    pack = 4 // rows.dtype.itemsize
+    pack = 32 // bits_of(rows.dtype)
     bits = word_bits(rows).reshape(-1, pack, rows.shape[1])
     shifts = (jnp.arange(pack, dtype=jnp.int32) * (32 // pack))[None, :, None]
     return jnp.bitwise_or.reduce(bits << shifts, axis=1)
@@ -226,8 +233,7 @@ def to_words(rows: jax.Array) -> jax.Array:
 def from_words(words: jax.Array, dtype: Any) -> jax.Array:
     """Unpacks words [n, width] into rows [n * pack, width] of a type."""
     dtype = jnp.dtype(dtype)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize]
-    pack = 4 // dtype.itemsize
+    unsigned, pack = UNSIGNED[bits_of(dtype)], 32 // bits_of(dtype)
     shifts = (jnp.arange(pack, dtype=jnp.uint32) * (32 // pack))[None, :, None]
     bits = (words.view(jnp.uint32)[:, None, :] >> shifts).astype(unsigned)
     return lax.bitcast_convert_type(bits.reshape(-1, words.shape[1]), dtype)

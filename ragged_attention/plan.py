@@ -18,7 +18,7 @@ from tpukit import checks, tuning
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
 
-CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
+CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")
 DTYPES = (jnp.bfloat16, jnp.float32)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MANY = 64  # query tokens from which on a block is worth the arithmetic for large blocks
@@ -436,6 +436,14 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
             place=chip.name,
             why=f"their lengths take {scalars(problem)} scalars, and {SMEM_WORDS} fit",
             advice="Split the batch.",
+        )
+    if problem.layout.dtype == "float4_e2m1fn" and chip.name != "tpu7x":
+        raise UnsupportedError(
+            where="ragged_attention",
+            what="a cache of float4_e2m1fn",
+            place=chip.name,
+            why="its vector units do not know the type",
+            advice="Use float8_e4m3fn, or implementation='reference'.",
         )
     if plan is not None:
         check_plan(problem, plan, chip)

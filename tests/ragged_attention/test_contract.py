@@ -198,6 +198,15 @@ def test_a_plan_too_big_says_how_big(chip):
     assert not ra.supports(**GOOD, chip=chip, plan=big)
 
 
+@pytest.mark.parametrize("chip", ra.SUPPORTED_CHIPS)
+def test_a_cache_of_float4_is_for_chips_that_know_it(chip):
+    empty = ra.allocate_kv_cache(4, 64, 2, 128, dtype=jnp.float4_e2m1fn)
+    assert ra.supports(**{**GOOD, "cache": empty}, chip=chip) == (chip == "tpu7x")
+    if chip != "tpu7x":
+        with pytest.raises(UnsupportedError, match=rf"float4_e2m1fn cannot run on {chip}.*float8"):
+            explain(cache=empty, chip=chip)
+
+
 def test_a_batch_too_long_for_its_lengths_is_refused():
     n = 2**15
     shapes = {"kv_lens": (n,), "cu_q_lens": (n + 1,), "page_offsets": (n + 1,)}

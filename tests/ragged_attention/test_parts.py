@@ -19,7 +19,7 @@ from tests.ragged_attention.oracle import random_batch
 from tests.ragged_attention.test_ragged_attention import PLAN, bound
 from tpukit import interpret
 
-TYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
+TYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")
 SHAPES = [(1, 128, 128), (3, 80, 80), (8, 96, 96), (2, 192, 128), (1, 40, 8), (3, 80, 72)]
 
 
@@ -50,6 +50,7 @@ def test_every_head_lies_in_an_aligned_window_of_the_row(heads, key_dim, value_d
 
 def test_a_token_takes_its_bytes():
     assert CacheLayout(1, 128, 128, "float8_e4m3fn", 32).token_bytes == 256
+    assert CacheLayout(1, 128, 128, "float4_e2m1fn", 32).token_bytes == 128
     assert CacheLayout(1, 64, 64, "bfloat16", 16).token_bytes == 256
     assert CacheLayout(1, 576, 512, "bfloat16", 16, latent=True).token_bytes == 1280
 
@@ -58,13 +59,15 @@ def test_a_token_takes_its_bytes():
 def test_words_survive(dtype):
     rows = jnp.asarray(np.random.default_rng(1).standard_normal((16, 128)) * 9).astype(dtype)
     words = to_words(rows)
-    assert words.shape == (16 * rows.dtype.itemsize // 4, 128)
+    assert words.shape == (16 // CacheLayout(1, 64, 64, dtype, 16).pack, 128)
     assert oracle.same_bits(from_words(words, dtype), rows)
 
 
-@pytest.mark.parametrize("dtype,heads,dim", [("bfloat16", 1, 128), ("float8_e4m3fn", 3, 80)])
+@pytest.mark.parametrize(
+    "dtype,heads,dim", [("bfloat16", 1, 128), ("float8_e4m3fn", 3, 80), ("float4_e2m1fn", 2, 128)]
+)
 def test_other_libraries_pages_survive(dtype, heads, dim):
-    pack = 4 // jnp.dtype(dtype).itemsize
+    pack = CacheLayout(heads, dim, dim, dtype, 16).pack
     rng = np.random.default_rng(2)
     pages = jnp.asarray(rng.standard_normal((3, 16, 2 * heads, dim))).astype(dtype)
     theirs = jnp.pad(pages, ((0, 0), (0, 0), (0, -2 * heads % pack), (0, -dim % 128)))

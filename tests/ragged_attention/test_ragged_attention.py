@@ -150,6 +150,14 @@ KINDS = {
         "value_dim": 128,
         "sm_scale": -0.1,
     },
+    "e2m1, scales, page of 64": {
+        "cache": ml_dtypes.float4_e2m1fn,
+        "k_scale": np.float32(0.5),
+        "v_scale": np.array([0.5, 0.25], np.float32),
+        "kv_heads": 2,
+        "page_size": 64,
+        "num_pages": 20,
+    },
     "e5m2, dim 80, 3 heads, a window": {
         "cache": E5M2,
         "key_dim": 80,
