@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ragged_attention.kernel import ragged_attention_kernel
 from ragged_attention.layout import LANES, KVCache, pack_pages, round_up, token_rows
 from ragged_attention.plan import Explanation, Plan, Problem, plan_for
+from ragged_attention.plumbing import MISSING
 from ragged_attention.problem import Call, problem_of, value_rules
 from ragged_attention.schedule import GROUP_ROWS, Batch
 from reference import ragged_attention as reference
@@ -101,8 +102,8 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
         here, kv_len - q_len by default; negative, or kv_len and more, where keys are spread over
         devices and the query tokens' own are elsewhere (see `context_parallel_attention`).
       return_lse: also give the logarithm of the softmax's denominator.
-      bounds_checks: False leaves out the compiler's checks of addresses, which cost as much scalar
-        code as the transfers. Pages are checked by the kernel in any case.
+      bounds_checks: False leaves out the compiler's checks of addresses: two thirds of the scalar
+        code that fetches pages, no other result. Pages are checked by the kernel in any case.
       implementation: "pallas" (a TPU), "interpret" (the kernel on a CPU, slow), "reference", or
         "auto": the kernel on a TPU that supports it, else the reference.
       plan: block sizes instead of the tuned ones.
@@ -305,8 +306,9 @@ def launch(
         round_up(problem.num_indices, LANES) // LANES + plan.keys // layout.page_size // LANES + 2
     )
     legal = (batch.page_indices >= 0) & (batch.page_indices < problem.num_pages)
-    indices = jnp.where(legal, batch.page_indices, -1)
-    indices = jnp.pad(indices, (0, rows * LANES - problem.num_indices), constant_values=-1)
+    indices = jnp.where(legal, 2 * problem.page_units * batch.page_indices, MISSING)
+    padding = rows * LANES - problem.num_indices
+    indices = jnp.pad(indices, (0, padding), constant_values=MISSING)
     if problem.streams_pages:
         indices = indices.reshape(-1, LANES)
     operands = {"scales": scales, "indices": indices, "q": q}
@@ -322,7 +324,9 @@ def launch(
         below = -tokens % GROUP_ROWS + plan.queries + GROUP_ROWS
         padded = jnp.pad(words, ((0, below), (0, LANES - words.shape[1])))
         operands["tree"] = jax.lax.bitcast_convert_type(padded, jnp.int32)
-    operands["cache"] = call.cache.words
+    cache = call.cache.words
+    grouped = problem.unit == GROUP_ROWS
+    operands["cache"] = cache.reshape(-1, GROUP_ROWS, layout.width) if grouped else cache
     windows, zero = call.windows(), jnp.zeros(1, jnp.int32)
     described = Batch(
         kv_lens=batch.kv_lens,
@@ -332,6 +336,6 @@ def launch(
         query_starts=zero if batch.query_starts is None else batch.query_starts,
         num_requests=jnp.clip(batch.num_requests, 0, problem.num_requests).reshape(1),
     )
-    o, lse, words = ragged_attention_kernel(described, operands, problem=problem, **options)
+    o, lse, found = ragged_attention_kernel(described, operands, problem=problem, **options)
     lse = None if lse is None else lse[:, : problem.q_heads]
-    return Attention(o, KVCache(words, layout), lse)
+    return Attention(o, KVCache(found.reshape(cache.shape), layout), lse)

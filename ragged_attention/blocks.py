@@ -18,26 +18,23 @@ from ragged_attention import flash
 from ragged_attention.flash import FLOOR, LOG2_E, Softmax, iota
 from ragged_attention.layout import LANES
 from ragged_attention.plan import Style
-from ragged_attention.plumbing import Plumbing
 from ragged_attention.schedule import FIRST, Noted
+from ragged_attention.tiles import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks(Plumbing):
+class Blocks(Tiles):
     """What happens to a block before its first tile and after its last; `side` as in `Style`."""
 
     side: int
 
     def open(self, record: Noted, style: Style) -> None:
         """Waits for the block's queries, lays them out by head and scales them."""
-        for copy in self.block_copies(record):
-            copy.wait()
+        self.await_block(record)
         window, dim, group = self.layout.keys, self.layout.key_dim, self.problem.group
-        slot, rows = self.block_slot(record), slice(0, style.rows)
-        if style.tokens == 1:
-            q = self.vmem.queries[slot, 0].astype(jnp.float32)
-        else:
-            q = jnp.swapaxes(self.vmem.queries[slot, : style.tokens].astype(jnp.float32), 0, 1)
+        rows = slice(0, style.rows)
+        q = self.queries_of(record, style.tokens)[...].astype(jnp.float32)
+        q = q[0] if style.tokens == 1 else jnp.swapaxes(q, 0, 1)
         for h in range(self.layout.kv_heads):
             x = q[h * group : (h + 1) * group].reshape(style.rows, dim)
             parts = flash.halves(x * self.factor(h)) if style.split else (x,)
@@ -83,7 +80,7 @@ class Blocks(Plumbing):
 
     def close(self, record: Noted, style: Style) -> None:
         """Divides by the sums, lays out by token and starts to write the outputs."""
-        slot, tokens, group = record.block & 1, style.tokens, self.problem.group
+        slot, tokens, group = self.out_slot(record), style.tokens, self.problem.group
         self.await_out(slot)
         window, dim = self.layout.vals, self.layout.value_dim
         outputs, sums, unseen = [], [], record.has(FIRST) & (record.span == 0)
@@ -96,10 +93,8 @@ class Blocks(Plumbing):
             outputs.append(o if tokens == 1 else o.reshape(group, tokens, dim))
             sums.append(lse)
         o = jnp.concatenate(outputs, axis=0)
-        if tokens == 1:
-            self.vmem.out[slot, 0] = o.astype(self.problem.dtype)
-        else:
-            self.vmem.out[slot, :tokens] = jnp.swapaxes(o, 0, 1).astype(self.problem.dtype)
+        o = o[None] if tokens == 1 else jnp.swapaxes(o, 0, 1)
+        self.out_of(record, tokens)[...] = o.astype(self.problem.dtype)
         if self.vmem.lse is not None:
             self.vmem.lse[slot, :tokens] = self.by_token(sums, style)
         self.start_out(record)

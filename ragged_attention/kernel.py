@@ -33,24 +33,27 @@ from ragged_attention.plan import (
     style_of,
 )
 from ragged_attention.plumbing import Operands, Scratch, repeat
-from ragged_attention.schedule import END, FENCE, FIRST, LAST, Batch, Noted
+from ragged_attention.schedule import END, FENCE, FIRST, LAST, WRITES, Batch, Noted
+from ragged_attention.tiles import is_missing
 from tpukit.chips import Chip
 from tpukit.manual import manual_axes
 
 Ref = Any
 
 
-class Tile(NamedTuple):
-    """A record's tile as it is computed.
+class Chunk(NamedTuple):
+    """Keys of a record's tile that are computed together.
 
     Attributes:
-      slot: its buffer.
+      slot: the tile's buffer.
+      begin: the first of them in the tile.
       size: keys that are computed.
       full: at least so many of them are the tile's.
       doubtful: from this one on queries may not see them.
     """
 
     slot: jax.Array
+    begin: jax.Array
     size: int
     full: int
     doubtful: int
@@ -70,17 +73,7 @@ class Pass(Blocks):
     def run(self) -> None:
         """Fetches ahead, does every record in order, waits for what is still being written."""
         plan = self.plan
-
-        def clear(slot: jax.Array) -> None:
-            self.vmem.stored[slot] = 0
-
-        repeat(plan.tiles, clear)
-        self.vmem.leaving[0] = self.vmem.leaving[1] = 0
-        if self.layout.keys.width != self.layout.key_dim:  # zeros stay beside the queries
-            self.vmem.scaled[...] = jnp.zeros(self.vmem.scaled.shape, self.problem.compute_dtype)
-        cursor = lax.fori_loop(0, plan.ahead, self.make, self.walk.start())
-        repeat(plan.lookahead, lambda i: self.start_tile(i, 0))
-        repeat(plan.blocks - 1, self.start_block)
+        cursor = self.begin()
 
         def step(at: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             index, cursor = at
@@ -95,8 +88,43 @@ class Pass(Blocks):
         index, _ = lax.while_loop(
             lambda at: ~self.record(at[0]).has(END), step, (jnp.int32(0), cursor)
         )
+        self.end(index)
+
+    def begin(self) -> Any:
+        """Starts to fetch what the first records need; returns the cursor behind those made."""
+        plan = self.plan
+
+        def clear(slot: jax.Array) -> None:
+            self.vmem.stored[slot] = 0
+
+        repeat(plan.tiles, clear)
+        self.vmem.leaving[0] = self.vmem.leaving[1] = 0
+        if self.layout.keys.width != self.layout.key_dim:  # zeros stay beside the queries
+            self.vmem.scaled[...] = jnp.zeros(self.vmem.scaled.shape, self.problem.compute_dtype)
+        resident = self.batch_copies() if self.problem.resident else []
+        for copy in resident:
+            copy.start()
+        cursor = self.walk.start()
+        if self.problem.streams_pages:  # their lists take their time
+            cursor = lax.fori_loop(0, plan.ahead, self.make, cursor)
+            repeat(plan.lookahead, lambda i: self.start_tile(i, 0))
+        else:
+            cursor = lax.fori_loop(0, plan.lookahead, self.make_and_start, cursor)
+            cursor = lax.fori_loop(plan.lookahead, plan.ahead, self.make, cursor)
+        repeat(plan.blocks - 1, self.start_block)
+        for copy in resident:
+            copy.wait()
+        return cursor
+
+    def end(self, index: jax.Array) -> None:
+        """Waits for all that is under way once record `index` is the END."""
+        outputs = [self.batch_out()] if self.problem.resident else []
+        for copy in outputs:
+            copy.start()
         if self.problem.update:
-            repeat(plan.tiles, self.await_store)
+            repeat(self.plan.tiles, self.await_store)
+        for copy in outputs:
+            copy.wait()
         repeat(2, self.await_out)
 
         def forget(i: jax.Array) -> None:  # what was fetched for records that are not there
@@ -104,7 +132,13 @@ class Pass(Blocks):
             self.indices(record.slot, record.page, lambda copy: copy.wait())
 
         if self.problem.streams_pages:
-            repeat(plan.ahead, forget)
+            repeat(self.plan.ahead, forget)
+
+    def make_and_start(self, index: jax.Array, cursor: Any) -> Any:
+        """Makes one of the first records and starts to fetch its tile."""
+        cursor = self.make(index, cursor)
+        self.start_tile(index, 0)
+        return cursor
 
     def pass_fence(self, index: jax.Array) -> None:
         """Behind a fence all is in the cache; what waited for that is fetched now."""
@@ -124,82 +158,92 @@ class Pass(Blocks):
             @pl.when(fresh)
             def _() -> None:
                 place = self.fresh_slot(index)
-                self.fresh_copy(record, place).wait()
+                self.await_fresh(record, place)
                 self.mend(record, slot, self.vmem.fresh.at[place])
                 begin, end = self.whole_group(record.cached), self.groups(record.span)
                 self.store_groups(record, slot, begin, end)
 
-        @pl.when(~fresh & (self.groups(record.span) > self.whole_group(record.span)))
-        def _() -> None:
-            self.mend(record, slot, None)
+        ragged = ~fresh & (self.groups(record.span) > self.whole_group(record.span))
 
-        self.erase_pages(record, slot)
+        @pl.when(ragged | is_missing(self.vmem.missing[slot]))
+        def _() -> None:
+            @pl.when(ragged)
+            def _() -> None:
+                self.mend(record, slot, None)
+
+            self.erase_pages(record, slot)
 
         def attend(tokens: int) -> None:
             self.attend(record, slot, style_of(self.problem, tokens, self.side))
 
-        @pl.when(record.count > 0)
-        def _() -> None:
+        def attend_all() -> None:
             smallest(record.count, self.plan.query_sizes, attend)
+
+        whether(~record.has(WRITES), self.walk.limits.may_write_ahead, attend_all)
 
     def attend(self, record: Noted, slot: jax.Array, style: Style) -> None:
         """One tile for one block."""
+        # Of one resident token, to do it all again is less than a branch.
+        branch = style.tokens > 1 or not self.problem.resident
+        whether(record.has(FIRST), branch, lambda: self.open(record, style))
+        chunk = self.plan.chunk
 
-        @pl.when(record.has(FIRST))
-        def _() -> None:
-            self.open(record, style)
+        def whole(i: jax.Array) -> None:
+            begin = i * chunk
+            self.heads(record, Chunk(slot, begin, chunk, chunk, chunk), style)
 
-        def part(size: int) -> None:
-            full = max([0, *(smaller for smaller in self.plan.key_sizes if smaller < size)])
-            doubtful = max(full - style.tokens, 0) // LANES * LANES
-            doubtful = 0 if self.problem.windowed else doubtful
-            self.heads(record, Tile(slot, size, full, doubtful), style)
+        def partial(i: jax.Array) -> None:
+            begin = i * chunk
 
-        def partial(_: None) -> None:
-            @pl.when(record.span > 0)
-            def _() -> None:
-                smallest(record.span, self.plan.key_sizes, part)
+            def part(size: int) -> None:
+                full = max([0, *(smaller for smaller in self.plan.key_sizes if smaller < size)])
+                doubtful = max(full - style.tokens, 0) // LANES * LANES
+                doubtful = 0 if self.problem.windowed else doubtful
+                self.heads(record, Chunk(slot, begin, size, full, doubtful), style)
 
-        def whole(_: None) -> None:
-            keys = self.plan.keys
-            self.heads(record, Tile(slot, keys, keys, keys), style)
+            smallest(record.span - begin, self.plan.key_sizes, part)
 
-        if style.tokens >= MANY:
-            lax.cond(self.all_seen(record), whole, partial, None)
+        bits = chunk.bit_length() - 1
+        if style.tokens == 1 and not (self.problem.windowed or self.problem.tree):  # it sees all
+            last = jnp.maximum(record.span - 1, 0) >> bits
+            repeat(last, whole)
+            partial(last)
         else:
-            partial(None)
-
-        @pl.when(record.has(LAST))
-        def _() -> None:
-            self.close(record, style)
+            some = (record.span + chunk - 1) >> bits
+            sure = self.all_seen(record) >> bits if style.tokens >= MANY else 0
+            if style.tokens >= MANY:
+                repeat(sure, whole)
+            lax.fori_loop(sure, some, lambda i, _: partial(i), None)
+        whether(record.has(LAST), branch, lambda: self.close(record, style))
 
     def all_seen(self, record: Noted) -> jax.Array:
-        """Whether every query of the block sees every key of a full tile."""
-        seen = record.span == self.plan.keys
+        """How many keys of a tile, from the first on, every query of the block sees."""
+        seen = record.span
         if self.problem.causal:
-            seen &= record.key + self.plan.keys <= record.position + 1
+            own = 0 if self.problem.tree else 1  # a draft need not see itself
+            seen = jnp.clip(record.position + own - record.key, 0, seen)
         if self.problem.windowed:
             oldest = record.position + record.count - record.window
-            seen &= (record.window == 0) | (record.key > oldest)
+            seen = jnp.where((record.window == 0) | (record.key > oldest), seen, 0)
         return seen
 
-    # Tiles are attended to.
+    # Chunks are attended to.
 
-    def heads(self, record: Noted, tile: Tile, style: Style) -> None:
+    def heads(self, record: Noted, chunk: Chunk, style: Style) -> None:
         """All heads; the logits of a strip are made while the strip before is folded in."""
         heads = self.layout.kv_heads
         step = heads if style.unrolled else math.gcd(heads, HEADS_AT_ONCE)
 
         def some(i: Any) -> None:
             strips = [Strip(i * step + h, rows) for h in range(step) for rows in style.strips]
-            self.strips(record, tile, style, strips)
+            self.strips(record, chunk, style, strips)
 
         if step == heads:
             some(0)
         else:
             repeat(heads // step, some)
 
-    def strips(self, record: Noted, tile: Tile, style: Style, strips: list[Strip]) -> None:
+    def strips(self, record: Noted, chunk: Chunk, style: Style, strips: list[Strip]) -> None:
         """Strips of rows, one after another."""
         masks: dict[tuple[int, int], jax.Array] = {}
         keys: dict[int, jax.Array] = {}
@@ -211,27 +255,28 @@ class Pass(Blocks):
             return cache[id(key)]
 
         def logits(strip: Strip) -> jax.Array:
-            k = once(keys, strip.head, lambda h: self.keys_of(h, tile))
+            k = once(keys, strip.head, lambda h: self.keys_of(h, chunk))
             q = self.vmem.scaled[strip.head, strip.rows, : k.shape[1] * (1 + style.split)]
             s = flash.logits(q, k, self.factor(strip.head), self.problem.soft_cap)
-            if tile.doubtful == tile.size:
+            if chunk.doubtful == chunk.size:
                 return s
             rows = strip.rows.start % style.tokens, strip.rows.stop - strip.rows.start
             if rows not in masks:
-                masks[rows] = self.seen(record, tile, style, strip.rows)
-            known, doubtful = s[:, : tile.doubtful], s[:, tile.doubtful :]
+                masks[rows] = self.seen(record, chunk, style, strip.rows)
+            known, doubtful = s[:, : chunk.doubtful], s[:, chunk.doubtful :]
             doubtful = jnp.where(masks[rows], doubtful, UNSEEN)
-            return jnp.concatenate([known, doubtful], axis=1) if tile.doubtful else doubtful
+            return jnp.concatenate([known, doubtful], axis=1) if chunk.doubtful else doubtful
 
         def fold(strip: Strip, s: jax.Array) -> None:
             head, rows = strip
             state = self.known(head, rows, style, opens)
-            v = once(values, head, lambda h: self.values_of(record, h, tile))
+            v = once(values, head, lambda h: self.values_of(record, h, chunk))
             state = flash.fold(state, s, v, self.problem.compute_dtype, style.sum_by_matmul)
             for ref, new in zip(refs, state, strict=True):
                 ref[head, rows] = new
 
-        refs, opens = (self.vmem.top, self.vmem.total, self.vmem.sum), record.has(FIRST)
+        refs = (self.vmem.top, self.vmem.total, self.vmem.sum)
+        opens = record.has(FIRST) & (chunk.begin == 0)
         before = None
         for strip in strips:
             s = logits(strip)
@@ -241,35 +286,35 @@ class Pass(Blocks):
         if before is not None:
             fold(*before)
 
-    def words(self, window: Any, head: Any, tile: Tile) -> jax.Array:
+    def words(self, window: Any, head: Any, chunk: Chunk) -> jax.Array:
         """Words of a head's keys or values."""
         lane = window.lane(head)
         lane = lane if isinstance(lane, int) else pl.multiple_of(lane, LANES)
-        return self.vmem.tiles[
-            tile.slot, : tile.size // self.layout.pack, pl.ds(lane, window.width)
-        ]
+        groups = pl.ds(self.whole_group(chunk.begin), self.whole_group(chunk.size))
+        words = self.vmem.tiles[chunk.slot, groups, :, pl.ds(lane, window.width)]
+        return words.reshape(-1, window.width)
 
-    def keys_of(self, head: Any, tile: Tile) -> jax.Array:
+    def keys_of(self, head: Any, chunk: Chunk) -> jax.Array:
         """[size, key lanes]."""
-        words = self.words(self.layout.keys, head, tile)
+        words = self.words(self.layout.keys, head, chunk)
         return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
 
-    def values_of(self, record: Noted, head: Any, tile: Tile) -> jax.Array:
+    def values_of(self, record: Noted, head: Any, chunk: Chunk) -> jax.Array:
         """[size, value lanes]; zeros behind the tile's last key, where anything may lie."""
         pack = self.layout.pack
-        words = self.words(self.layout.vals, head, tile)
-        if tile.full < tile.size:
-            sure = tile.full // pack
-            rows = (record.span + pack - 1) >> (pack.bit_length() - 1)
+        words = self.words(self.layout.vals, head, chunk)
+        if chunk.full < chunk.size:
+            sure = chunk.full // pack
+            rows = (record.span - chunk.begin + pack - 1) >> (pack.bit_length() - 1)
             last = words[sure:]
             last = jnp.where(sure + iota(last.shape, 0) < rows, last, 0)
             words = jnp.concatenate([words[:sure], last], axis=0) if sure else last
         return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
 
-    def seen(self, record: Noted, tile: Tile, style: Style, rows: slice) -> jax.Array:
+    def seen(self, record: Noted, chunk: Chunk, style: Style, rows: slice) -> jax.Array:
         """[rows, doubtful keys] whether a row's query sees a key."""
-        shape = (rows.stop - rows.start, tile.size - tile.doubtful)
-        key = record.key + tile.doubtful + iota((1, shape[1]), 1)
+        shape = (rows.stop - rows.start, chunk.size - chunk.doubtful)
+        key = record.key + chunk.begin + chunk.doubtful + iota((1, shape[1]), 1)
         token = (rows.start + iota((shape[0], 1), 0)) & (style.tokens - 1)
         query = record.position + token
         seen = jnp.broadcast_to(key < record.key + record.span, shape)
@@ -295,6 +340,14 @@ class Pass(Blocks):
         word = jnp.where(draft < 32, words[:, 0:1], words[:, 1:2])
         bit = lax.shift_right_logical(word, draft & 31) & 1
         return (draft < 0) | (bit == 1)
+
+
+def whether(condition: jax.Array, matters: bool, action: Callable[[], None]) -> None:
+    """action(), if the condition holds or does not matter."""
+    if matters:
+        pl.when(condition)(action)
+    else:
+        action()
 
 
 def smallest(value: jax.Array, sizes: tuple[int, ...], action: Callable[[int], None]) -> None:
@@ -337,11 +390,10 @@ def ragged_attention_kernel(
       o [T, q_heads, value_dim], the logarithms [T, lanes] if wanted, and the cache.
     """
     names = [name for name in Operands._fields if name in operands]
-    spaces = {"scales": pltpu.SMEM, "sinks": pltpu.VMEM}
-    if not problem.streams_pages:
-        spaces["indices"] = pltpu.SMEM
+    scalars = len(batch) + (1 if problem.streams_pages else 2)  # and scales, and a list of pages
+    local = {"scales", "sinks"} if problem.streams_pages else {"scales", "sinks", "indices"}
     inputs = {
-        name: x if interpret or name in spaces else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        name: x if interpret or name in local else pltpu.with_memory_space_constraint(x, pltpu.HBM)
         for name, x in operands.items()
     }
     axes = manual_axes(*batch, *operands.values())
@@ -353,22 +405,23 @@ def ragged_attention_kernel(
     outputs["cache"] = like(operands["cache"].shape, jnp.int32)
 
     def body(*refs: Ref) -> None:
-        scalars, refs = Batch(*refs[: len(batch)]), refs[len(batch) :]
+        described, refs = Batch(*refs[: len(batch)]), refs[len(batch) :]
         given = dict(zip(names, refs, strict=False)) | dict(
             zip(outputs, refs[len(names) :], strict=False)
         )
         hbm = Operands(*(given.get(name) for name in Operands._fields))
-        Pass(problem, plan, scalars, hbm, refs[-1], chip.mxu_side).run()
+        Pass(problem, plan, described, hbm, refs[-1], chip.mxu_side).run()
 
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     results = pl.pallas_call(
         body,
         name="ragged_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(batch),
+            num_scalar_prefetch=scalars,
             grid=(1,),
             in_specs=[
-                pl.BlockSpec(memory_space=spaces[name]) if name in spaces else hbm for name in names
+                pl.BlockSpec(memory_space=pltpu.VMEM) if name == "sinks" else hbm
+                for name in names[scalars - len(batch) :]
             ],
             out_specs=[hbm] * len(outputs),
             scratch_shapes=[Scratch.shapes(problem, plan, chip.mxu_side)],

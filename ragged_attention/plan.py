@@ -26,9 +26,11 @@ STRIP_ROWS = 256  # rows of logits that are computed together
 HEADS_AT_ONCE = 2  # of a block of many queries: the next one's products hide the last one's sums
 F32_PASSES = 6  # products of bf16 that make one of f32
 CODE = 10_000  # most products in unrolled code: some 10 seconds of compiling
+CHUNK = 2048  # keys of a tile that are computed together
 TILE_BYTES = 8 * 2**20  # longest tile worth having
 TILES_BYTES = 32 * 2**20  # more in flight does not hide more
 RESIDENT_PAGES = 2**16  # longest list of pages that is kept in SMEM
+RESIDENT_BYTES = 8 * 2**20  # most queries, new rows and outputs that are kept in VMEM
 VMEM_LEFT = 2 * 2**20  # of a core's VMEM, for everything but this kernel
 SMEM_WORDS = 2**16  # for the description of the batch, of the 2**18 of every chip
 
@@ -86,6 +88,27 @@ class Problem:
         return self.num_indices > RESIDENT_PAGES
 
     @property
+    def unit(self) -> int:
+        """Rows of words that a transfer of pages moves at least: a group, or one of small pages."""
+        return GROUP_ROWS if self.layout.page_rows % GROUP_ROWS == 0 else 1
+
+    @property
+    def page_units(self) -> int:
+        """Units of a page."""
+        return self.layout.page_rows // self.unit
+
+    @property
+    def resident(self) -> bool:
+        """Whether queries, new rows and outputs of the whole batch are kept in VMEM.
+
+        Those of a short block cost more as transfers than as bytes.
+        """
+        rows = ((self.q_heads, self.layout.key_dim), (self.q_heads, self.layout.value_dim))
+        size = sum(padded((self.num_tokens, *row), self.dtype) for row in rows)
+        size += padded((self.num_tokens, self.layout.width), self.layout.dtype)
+        return size <= RESIDENT_BYTES and not (self.lse or self.tree)
+
+    @property
     def group(self) -> int:
         """Query heads of a key/value head."""
         return self.q_heads // self.layout.kv_heads
@@ -118,24 +141,29 @@ class Plan:
         return (*(n for n in (1, 8, 64) if 2 * n < self.queries), self.queries)
 
     @property
+    def chunk(self) -> int:
+        """Keys that are computed together, a power of two that divides a tile."""
+        return math.gcd(self.keys, CHUNK)
+
+    @property
     def key_sizes(self) -> tuple[int, ...]:
-        """Numbers of keys that it is specialised for where a tile is not full."""
-        return (self.keys // 4, self.keys // 2, self.keys)
+        """Numbers of keys that it is specialised for where a chunk is not full, ascending."""
+        return (self.chunk // 4, self.chunk // 2, self.chunk)
 
     @property
     def records(self) -> int:
         """Records that are known at once, a power of two."""
-        return 2 * max(self.tiles, 4)
+        return 1 << self.ahead.bit_length()
 
     @property
     def lookahead(self) -> int:
         """Tiles that are being fetched ahead; of the others, all but one are being written back."""
-        return {2: 1, 4: 2}.get(self.tiles, self.tiles - max(self.tiles // 4, 3))
+        return {2: 1, 4: 2}.get(self.tiles, self.tiles - max(self.tiles // 4, 4))
 
     @property
     def ahead(self) -> int:
-        """Records that are made ahead of the one being computed."""
-        return self.records - 1
+        """Records that are made ahead of the one being computed: their pages may be on the way."""
+        return max(self.lookahead + 2, self.blocks - 1)
 
     def limits(self, problem: Problem) -> Limits:
         """What the schedule depends on."""
@@ -198,18 +226,23 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
     rows = round_up(queries * problem.group, 16)
     styles = [style_of(problem, n, side) for n in plan.query_sizes]
     lanes = layout.keys.width * (2 if any(style.split for style in styles) else 1)
-    fresh = queries + 6 * GROUP_ROWS * layout.pack
+    groups = plan.keys // layout.pack // GROUP_ROWS
+    blocks, outs, held, fresh = plan.blocks, 2, queries, queries
+    if problem.resident:  # the last block may be shorter than what it is computed as
+        blocks, outs, held = 1, 1, problem.num_tokens + queries
+        fresh = round_up(problem.num_tokens, GROUP_ROWS * layout.pack)
+    fresh += 6 * GROUP_ROWS * layout.pack
     found = {
-        "tiles": ((plan.tiles, plan.keys // layout.pack, layout.width), jnp.int32),
-        "queries": ((plan.blocks, queries, problem.q_heads, layout.key_dim), problem.dtype),
+        "tiles": ((plan.tiles, groups, GROUP_ROWS, layout.width), jnp.int32),
+        "queries": ((blocks, held, problem.q_heads, layout.key_dim), problem.dtype),
         "scaled": ((heads, rows, lanes), problem.compute_dtype),
         "top": ((heads, rows, LANES), f32),
         "total": ((heads, rows, LANES), f32),
         "sum": ((heads, rows, layout.vals.width), f32),
-        "out": ((2, queries, problem.q_heads, layout.value_dim), problem.dtype),
+        "out": ((outs, held, problem.q_heads, layout.value_dim), problem.dtype),
     }
     if problem.update:
-        found["fresh"] = ((plan.blocks, fresh, layout.width), jnp.dtype(layout.dtype))
+        found["fresh"] = ((blocks, fresh, layout.width), jnp.dtype(layout.dtype))
     if problem.tree:
         found["tree"] = ((plan.blocks, queries + GROUP_ROWS, LANES), jnp.int32)
     if problem.lse:
@@ -232,7 +265,7 @@ def vmem_bytes(problem: Problem, plan: Plan, chip: Chip) -> int:
 def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
     """Bytes that the kernel may need: the buffers, and room for logits and what is spilled."""
     strip = min(STRIP_ROWS, max(8, plan.queries * problem.group))
-    values = strip * plan.keys * 4 * 4 + plan.keys * problem.layout.width * 2
+    values = strip * plan.chunk * 4 * 4 + plan.chunk * problem.layout.width * 2
     dim = round_up(max(problem.layout.key_dim, problem.layout.value_dim), LANES)
     values += 2 * plan.queries * round_up(problem.q_heads, 8) * dim * 4  # while a block is laid out
     return vmem_bytes(problem, plan, chip) + values + 6 * 2**20
@@ -244,7 +277,7 @@ def code_size(problem: Problem, plan: Plan, side: int) -> int:
     heads = layout.kv_heads if style.unrolled else math.gcd(layout.kv_heads, HEADS_AT_ONCE)
     lanes = (layout.keys.width + layout.vals.width) // LANES
     passes = F32_PASSES if problem.compute_dtype == jnp.float32 else 1
-    return heads * -(-style.rows // 8) * (plan.keys // LANES) * lanes * passes
+    return heads * -(-style.rows // 8) * (plan.chunk // LANES) * lanes * passes
 
 
 def scalars(problem: Problem) -> int:
@@ -317,9 +350,9 @@ def model(problem: Problem, chip: Chip) -> Plan:
     prefill = problem.num_tokens > 8 * problem.num_requests
     wanted = max(least, min(256 if prefill else 128, problem.num_tokens))
     sizes = [n for n in (256, 128, 64, 32, 16, 8) if n >= least and n < 2 * wanted]
-    keys = (4096, 2048, 1024, 512)
+    keys = (8192, 4096, 2048, 1024, 512)
     if prefill:  # many rows matter more than many buffers
-        order = itertools.product(sizes, keys[1:], (4, 2))
+        order = itertools.product(sizes, keys[2:], (4, 2))
     else:
         order = (
             (n, k, t)
@@ -389,7 +422,7 @@ SCHEMA = tuning.Schema(
 
 # What tuning tries, one field after another.
 CHOICES: Mapping[str, tuple[int, ...]] = {
-    "keys": (512, 1024, 2048, 4096),
+    "keys": (512, 1024, 2048, 4096, 8192),
     "queries": (8, 16, 32, 64, 128, 256),
     "tiles": (2, 4, 8, 16),
     "blocks": (2, 4, 8),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ragged_attention.flash import iota
 from ragged_attention.layout import LANES, CacheLayout
 from ragged_attention.plan import Plan, Problem, buffers
 from ragged_attention.schedule import (
@@ -28,25 +26,24 @@ from ragged_attention.schedule import (
 )
 
 Ref = Any
-LANE_BITS = LANES.bit_length() - 1
-UNROLL = 4  # pages whose transfers are started together: scalar code has long latencies
-JOINED = 64  # tokens of a page up to which adjacent pages are worth looking for
+LANE_BITS, GROUP_BITS = LANES.bit_length() - 1, GROUP_ROWS.bit_length() - 1
+MISSING = 1  # entry of a page that is not in the pool; those of others are even
 FRESH_ABOVE = 2  # groups of a buffer of fresh rows above the first that is fetched
 
 
 class Operands(NamedTuple):
-    """Arrays; T tokens. In HBM, but for scales (SMEM) and sinks (VMEM)."""
+    """Arrays in HBM, but for scales and a short list of pages (SMEM) and sinks (VMEM); T tokens."""
 
     scales: Ref  # [2, kv_heads] f32, of logits and of values
+    indices: Ref  # [..] i32 the list of pages, as twice the units of the cache before them, or
+    #               MISSING; if it is long, [.., 128]
     sinks: Ref  # None, or [q_heads, 128] f32, lanes equal
-    indices: Ref  # the list of pages, -1 for any that is not in the pool: [..] i32 in SMEM if it is
-    #               short, else [.., 128]
     q: Ref  # [T, q_heads, key_dim]
     fresh: Ref  # None, or [T, width] new rows in the type of the cache
     tree: Ref  # None, or [T, 128] i32, words of ancestors in lanes 0 and 1
     o: Ref  # [T, q_heads, value_dim]
     lse: Ref  # None, or [T, lanes] f32
-    cache: Ref  # [pages * page_rows, width] i32, written in place
+    cache: Ref  # [groups, 8, width] i32, or [rows, width] of small pages; written in place
 
 
 class Sems(NamedTuple):
@@ -61,39 +58,44 @@ class Sems(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """On-chip memory; K = plan.keys / pack, Q = plan.queries, R = Q * query heads of a kv head."""
+    """On-chip memory; K = plan.keys / pack / 8, Q = plan.queries, R = Q * heads of a kv head."""
 
-    tiles: Ref  # [tiles, K, width] i32
-    queries: Ref  # [blocks, Q, q_heads, key_dim]
+    tiles: Ref  # [tiles, K, 8, width] i32
+    queries: Ref  # [blocks, Q, q_heads, key_dim], or [1, T + Q, ..] if the batch is resident
     scaled: Ref  # [kv_heads, R, lanes] queries as they are multiplied
     top: Ref  # [kv_heads, R, 128] f32
     total: Ref  # [kv_heads, R, 128] f32
     sum: Ref  # [kv_heads, R, value lanes] f32
-    out: Ref  # [2, Q, q_heads, value_dim]
-    fresh: Ref  # None, or [blocks, tokens, width] in the type of the cache
+    out: Ref  # [2, Q, q_heads, value_dim], or [1, T + Q, ..]
+    fresh: Ref  # None, or [blocks or 1, tokens, width] in the type of the cache
     tree: Ref  # None, or [blocks, Q + 8, 128] i32
     lse: Ref  # None, or [2, Q, lanes] f32
-    books: Ref  # [records, fields] the records
+    books: Record  # each field None, or [records]
     pages: Ref  # None, or [records, rows, 128] part of a long list of pages, for a record
-    fetched: Ref  # [tiles] rows of words on their way into a tile
-    erased: Ref  # [tiles] -1 if pages of the tile are not in the pool
-    stored: Ref  # [tiles] rows of words on their way out of it
+    fetched: Ref  # [tiles] units on their way into a tile
+    missing: Ref  # [tiles] odd if pages of the tile are MISSING
+    stored: Ref  # [tiles] units on their way out of it
     leaving: Ref  # [2] tokens whose outputs are on their way
     sems: Sems
 
     @staticmethod
     def shapes(problem: Problem, plan: Plan, side: int) -> Scratch:
-        """Shapes of the fields."""
+        """Shapes of the fields; records have no more than the problem needs."""
+        unused = {"window"} if not problem.windowed else set()
+        unused |= {"first", "is_tree"} if not problem.tree else set()
+        unused |= {"block"} if problem.resident else set()
+        unused |= {"fences"} if not plan.limits(problem).may_write_ahead else set()
+        book = pltpu.SMEM((plan.records,), jnp.int32)
         found = {n: pltpu.VMEM(*buffer) for n, buffer in buffers(problem, plan, side).items()}
         optional = dict.fromkeys(("fresh", "tree", "lse"))
         return Scratch(
             **(optional | found),
-            books=pltpu.SMEM((plan.records, len(Record._fields)), jnp.int32),
+            books=Record(*(None if name in unused else book for name in Record._fields)),
             pages=pltpu.SMEM((plan.records, index_rows(problem, plan), LANES), jnp.int32)
             if problem.streams_pages
             else None,
             fetched=pltpu.SMEM((plan.tiles,), jnp.int32),
-            erased=pltpu.SMEM((plan.tiles,), jnp.int32),
+            missing=pltpu.SMEM((plan.tiles,), jnp.int32),
             stored=pltpu.SMEM((plan.tiles,), jnp.int32),
             leaving=pltpu.SMEM((2,), jnp.int32),
             sems=Sems(
@@ -132,11 +134,6 @@ class Plumbing:
         """Makes the records."""
         return Walk(self.batch, self.plan.limits(self.problem))
 
-    @property
-    def whole_groups(self) -> bool:
-        """Whether pages are groups of GROUP_ROWS rows; the rows of smaller ones move one by one."""
-        return self.layout.page_rows % GROUP_ROWS == 0
-
     def record(self, index: Any) -> Noted:
         """Record number `index`, if it is among those known."""
         return Noted(self.vmem.books, jnp.int32(index) & (self.plan.records - 1))
@@ -162,18 +159,18 @@ class Plumbing:
             target = self.vmem.pages.at[slot, pl.ds(row, 1)]
             act(pltpu.make_async_copy(source, target, self.vmem.sems.indices.at[slot]))
 
-    def pages_of(self, record: Noted) -> Callable[[Any], jax.Array]:
-        """The pages of a record's tile by their place; negative if not in the pool."""
+    def entries_of(self, record: Noted) -> Callable[[Any], jax.Array]:
+        """The entries of a record's pages in the list, by their place in the tile."""
         first, pages, slot = record.page, self.vmem.pages, record.slot
         if pages is None:
             return lambda place: self.hbm.indices[first + place]
         first &= LANES - 1
 
-        def page(place: Any) -> jax.Array:
+        def entry(place: Any) -> jax.Array:
             index = first + place
             return pages[slot, index >> LANE_BITS, index & (LANES - 1)]
 
-        return page
+        return entry
 
     def pages(self, record: Noted) -> jax.Array:
         """How many pages the tile has; all are in the list."""
@@ -186,144 +183,64 @@ class Plumbing:
         return (keys + group - 1) >> (group.bit_length() - 1)
 
     def move(self, source: Any, target: Any, count: Any, sem: Ref) -> None:
-        """Starts to move `count` rows of words; source and target are (ref, first row)."""
-        if self.whole_groups:
-            here, there = (rows_of(ref, first, count) for ref, first in (source, target))
+        """Starts to move `count` units; source and target are (ref, first unit)."""
+        if self.problem.unit == GROUP_ROWS:
+            here, there = (ref.at[pl.ds(first, count)] for ref, first in (source, target))
             pltpu.make_async_copy(here, there, sem).start()
             return
 
         def row(i: Any) -> None:
-            here, there = (ref.at[pl.ds(first + i, 1)] for ref, first in (source, target))
+            here, there = (self.unit_of(ref, first + i) for ref, first in (source, target))
             pltpu.make_async_copy(here, there, sem).start()
 
         repeat(count, row)
 
-    def await_rows(self, ref: Ref, count: jax.Array, sem: Ref) -> None:
-        """Waits until `count` rows of words have been moved."""
+    def unit_of(self, ref: Ref, i: Any) -> Ref:
+        """A unit of a tile or of the cache, as rows."""
+        if self.problem.unit == GROUP_ROWS:
+            return ref.at[i]
+        if ref is self.hbm.cache:
+            return ref.at[pl.ds(i, 1)]
+        return ref.at[i >> GROUP_BITS, pl.ds(i & (GROUP_ROWS - 1), 1)]
+
+    def await_units(self, tile: Ref, count: jax.Array, sem: Ref) -> None:
+        """Waits until `count` units have been moved."""
 
         @pl.when(count > 0)
         def _() -> None:
-            if self.whole_groups:
-                rows = rows_of(ref, 0, count)
-                pltpu.make_async_copy(rows, rows, sem).wait()
+            if self.problem.unit == GROUP_ROWS:
+                units = tile.at[pl.ds(0, count)]
+                pltpu.make_async_copy(units, units, sem).wait()
             else:
-                row = ref.at[pl.ds(0, 1)]
+                row = self.unit_of(tile, 0)
                 repeat(count, lambda _: pltpu.make_async_copy(row, row, sem).wait())
 
-    # Tiles: pages come in, and the groups with new rows go out.
+    # Blocks: queries come in, outputs go out; those of a resident batch all at once.
 
-    def start_tile(self, index: Any, now: Any) -> None:
-        """Starts to fetch the tile of a record, unless a fence is between it and record `now`."""
-        record = self.record(index)
-        free = (record.kind & END) == 0
-        if self.walk.limits.may_write_ahead:
-            free &= record.fences == self.record(now).fences
+    def batch_copies(self) -> list[Any]:
+        """The transfers of a resident batch's queries and new rows."""
+        queries = self.vmem.queries.at[0, pl.ds(0, self.problem.num_tokens)]
+        copies = [pltpu.make_async_copy(self.hbm.q, queries, self.vmem.sems.blocks.at[0])]
+        return copies + ([self.fresh_copy(None, 0)] if self.problem.update else [])
 
-        @pl.when(free)
-        def _() -> None:
-            self.fetch_tile(record, self.tile(index))
+    def block_slot(self, record: Noted) -> jax.Array:
+        """The buffer of a block's queries."""
+        return record.block & (self.plan.blocks - 1)
 
-    def fetch_tile(self, record: Noted, slot: jax.Array) -> None:
-        """Starts to fetch a tile; small pages that are adjacent move together."""
-        if self.problem.update:
-            self.await_store(slot)
-        self.indices(record.slot, record.page, lambda copy: copy.wait())
-        tile, sem = self.vmem.tiles.at[slot], self.vmem.sems.tiles.at[slot]
-        size = self.layout.page_rows
-        rows = jnp.minimum(self.groups(record.span) * GROUP_ROWS, self.pages(record) * size)
-        page_at = self.pages_of(record)
+    def out_slot(self, record: Noted) -> Any:
+        """The buffer of a block's outputs."""
+        return 0 if self.problem.resident else record.block & 1
 
-        def fetch(place: Any, page: jax.Array, count: Any) -> None:
-            """Starts to fetch rows from a page on."""
-            source = (self.hbm.cache, jnp.maximum(page, 0) * size)
-            self.move(source, (tile, place * size), count, sem)
+    def queries_of(self, record: Noted, tokens: int) -> Ref:
+        """[tokens, q_heads, key_dim] of a block."""
+        if self.problem.resident:
+            return self.vmem.queries.at[0, pl.ds(record.row, tokens)]
+        return self.vmem.queries.at[self.block_slot(record), pl.ds(0, tokens)]
 
-        def separately(i: jax.Array, pages: list[jax.Array]) -> None:
-            for j, page in enumerate(pages):
-                fetch(i * UNROLL + j, page, size)
-
-        def whole(i: jax.Array, signs: jax.Array) -> jax.Array:
-            pages = [page_at(i * UNROLL + j) for j in range(UNROLL)]
-            if self.layout.page_size > JOINED:
-                separately(i, pages)
-                return functools.reduce(jnp.bitwise_or, pages, signs)
-            apart = [page ^ (pages[0] + j) for j, page in enumerate(pages)]
-            adjacent = (functools.reduce(jnp.bitwise_or, apart) == 0) & (pages[0] >= 0)
-
-            # Loops of no or one pass: conditions this small become predicates, which save nothing.
-            repeat(adjacent.astype(jnp.int32), lambda _: fetch(i * UNROLL, pages[0], UNROLL * size))
-            repeat((~adjacent).astype(jnp.int32), lambda _: separately(i, pages))
-            return functools.reduce(jnp.bitwise_or, pages, signs)
-
-        def last(i: jax.Array, signs: jax.Array) -> jax.Array:
-            for j in range(UNROLL):
-                place = i * UNROLL + j
-                page, count = page_at(place), jnp.clip(rows - place * size, 0, size)
-                fetch(place, page, count)
-                signs |= jnp.where(count > 0, page, 0)
-            return signs
-
-        step = (UNROLL * size).bit_length() - 1
-        full, some = rows >> step, (rows + UNROLL * size - 1) >> step
-        signs = lax.fori_loop(0, full, whole, jnp.int32(0))
-        signs = lax.fori_loop(full, some, last, signs)
-        self.vmem.fetched[slot] = rows
-        self.vmem.erased[slot] = signs
-
-    def await_tile(self, slot: jax.Array) -> None:
-        """Waits for a tile."""
-        tile = self.vmem.tiles.at[slot]
-        self.await_rows(tile, self.vmem.fetched[slot], self.vmem.sems.tiles.at[slot])
-
-    def erase_pages(self, record: Noted, slot: jax.Array) -> None:
-        """Zeroes the pages of a tile that are not in the pool, new rows and all."""
-
-        @pl.when(self.vmem.erased[slot] < 0)
-        def _() -> None:
-            tile = self.vmem.tiles.at[slot]
-            repeat(self.pages(record), lambda place: self.erase(record, tile, place))
-
-    def erase(self, record: Noted, tile: Ref, place: jax.Array) -> None:
-        """Zeroes a page of a tile that is not in the pool."""
-        size = self.layout.page_rows
-
-        @pl.when(self.pages_of(record)(place) < 0)
-        def _() -> None:
-            zeros = jnp.zeros((1, self.layout.width), jnp.int32)
-
-            def clear(i: jax.Array) -> None:
-                tile[pl.ds(place * size + i, 1)] = zeros
-
-            repeat(size, clear)
-
-    def store_groups(self, record: Noted, slot: jax.Array, begin: Any, end: Any) -> None:
-        """Starts to write groups [begin, end) of a tile to the cache."""
-        tile, sem = self.vmem.tiles.at[slot], self.vmem.sems.stores.at[slot]
-        step = min(GROUP_ROWS, self.layout.page_rows)
-        shift = self.layout.page_rows.bit_length() - 1
-
-        def store(i: jax.Array) -> None:
-            row = i * step
-            place = row >> shift
-            page = self.pages_of(record)(place)
-
-            @pl.when(page >= 0)
-            def _() -> None:
-                target = (page << shift) + (row & (self.layout.page_rows - 1))
-                self.move((tile, row), (self.hbm.cache, target), step, sem)
-                self.vmem.stored[slot] += step
-
-        parts = GROUP_ROWS // step  # pages smaller than a group: the next one is another request's
-        last = jnp.minimum(end * parts, (self.pages(record) << shift) // step)
-        lax.fori_loop(begin * parts, last, lambda i, _: store(i), None)
-
-    def await_store(self, slot: jax.Array) -> None:
-        """Waits until a tile's new rows are in the cache."""
-        tile = self.vmem.tiles.at[slot]
-        self.await_rows(tile, self.vmem.stored[slot], self.vmem.sems.stores.at[slot])
-        self.vmem.stored[slot] = 0
-
-    # New rows: words of the tokens' own order, which the kernel shifts into that of the positions.
+    def out_of(self, record: Noted, tokens: int) -> Ref:
+        """[tokens, q_heads, value_dim] of a block; what is not its own is overwritten later."""
+        first = record.row if self.problem.resident else 0
+        return self.vmem.out.at[self.out_slot(record), pl.ds(first, tokens)]
 
     def shift(self, record: Noted) -> jax.Array:
         """Token row of a position, less the position."""
@@ -337,59 +254,26 @@ class Plumbing:
         last = (record.key + record.span - 1 + shift) >> bits
         return begin, ((last + GROUP_ROWS) & -GROUP_ROWS) - begin
 
-    def fresh_copy(self, record: Noted, slot: jax.Array) -> Any:
-        """The transfer of a record's new rows."""
+    def fresh_copy(self, record: Noted | None, slot: Any) -> Any:
+        """The transfer of a record's new rows; of all, if there is no record."""
         group = GROUP_ROWS * self.layout.pack
-        begin, count = (
-            pl.multiple_of(x * self.layout.pack, group) for x in self.fresh_rows(record)
-        )
+        if record is None:
+            begin, count = 0, self.hbm.fresh.shape[0]
+        else:
+            rows = self.fresh_rows(record)
+            begin, count = (pl.multiple_of(x * self.layout.pack, group) for x in rows)
         source = self.hbm.fresh.at[pl.ds(begin, count)]
         target = self.vmem.fresh.at[slot, pl.ds(FRESH_ABOVE * group, count)]
         return pltpu.make_async_copy(source, target, self.vmem.sems.fresh.at[slot])
 
-    def mend(self, record: Noted, slot: jax.Array, fresh: Ref | None) -> None:
-        """Puts new rows into a tile, and zeroes what is behind its last key in the same group."""
-        layout = self.layout
-        pack, width, bits = layout.pack, 32 // layout.pack, layout.pack.bit_length() - 1
-        group = GROUP_ROWS * pack
-        tile, shift = self.vmem.tiles.at[slot], self.shift(record)
-        places = iota((GROUP_ROWS, 1), 0) * pack
-
-        def low(count: jax.Array) -> jax.Array:
-            """A mask of the first `count` tokens of each word."""
-            some = jnp.left_shift(1, jnp.clip(count, 0, pack - 1) * width) - 1
-            return jnp.where(count >= pack, -1, some)
-
-        def step(g: jax.Array, _: None) -> None:
-            rows = pl.ds(pl.multiple_of(g * GROUP_ROWS, GROUP_ROWS), GROUP_ROWS)
-            behind = g * group + places
-            kept, valid = low(record.cached - behind), low(record.span - behind)
-            mended = tile[rows] & (kept & valid)
-            if fresh is not None:
-                place = ((record.key + g * group) >> bits) + (shift >> bits)
-                place += FRESH_ABOVE * GROUP_ROWS - self.fresh_rows(record)[0]
-                new = shifted(fresh, pack, place, (shift & (pack - 1)) * width)
-                mended |= new & (valid & ~kept)
-            tile[rows] = mended
-
-        lax.fori_loop(self.whole_group(record.cached), self.groups(record.span), step, None)
-
-    def whole_group(self, keys: jax.Array) -> jax.Array:
-        """Groups that are full of so many keys."""
-        return keys >> ((GROUP_ROWS * self.layout.pack).bit_length() - 1)
-
-    # Blocks: queries come in, outputs go out.
-
-    def block_slot(self, record: Noted) -> jax.Array:
-        """The buffer of a block's queries."""
-        return record.block & (self.plan.blocks - 1)
-
-    def fresh_slot(self, index: Any) -> jax.Array:
+    def fresh_slot(self, index: Any) -> Any:
         """The buffer of a record's new rows."""
-        return jnp.int32(index) & (self.plan.blocks - 1)
+        return 0 if self.problem.resident else jnp.int32(index) & (self.plan.blocks - 1)
 
     def start_block(self, index: Any) -> None:
         """Starts to fetch what a record needs besides keys: queries, their tree, new rows."""
+        if self.problem.resident:
+            return
         record = self.record(index)
 
         @pl.when(record.has(FIRST) & ~record.has(END))
@@ -416,9 +300,21 @@ class Plumbing:
             copies.append(pltpu.make_async_copy(source, self.vmem.tree.at[slot], sem))
         return copies
 
+    def await_block(self, record: Noted) -> None:
+        """Waits for a block's queries."""
+        for copy in [] if self.problem.resident else self.block_copies(record):
+            copy.wait()
+
+    def await_fresh(self, record: Noted, slot: Any) -> None:
+        """Waits for a record's new rows."""
+        if not self.problem.resident:
+            self.fresh_copy(record, slot).wait()
+
     def start_out(self, record: Noted) -> None:
         """Starts to write a block's outputs."""
-        slot = record.block & 1
+        if self.problem.resident:
+            return
+        slot = self.out_slot(record)
         self.vmem.leaving[slot] = record.count
         for copy in self.out_copies(slot, record.row, record.count):
             copy.start()
@@ -445,8 +341,15 @@ class Plumbing:
 
         lax.fori_loop(0, self.vmem.leaving[slot], token, None)
 
+    def batch_out(self) -> Any:
+        """The transfer of a resident batch's outputs."""
+        out = self.vmem.out.at[0, pl.ds(0, self.problem.num_tokens)]
+        return pltpu.make_async_copy(out, self.hbm.o, self.vmem.sems.out.at[0])
+
     def await_out(self, slot: Any) -> None:
         """Waits until a block's outputs have been written."""
+        if self.problem.resident:
+            return
         count = self.vmem.leaving[slot]
 
         @pl.when(count > 0)
@@ -456,24 +359,6 @@ class Plumbing:
             if self.problem.lse:
                 self.each_lse(slot, 0, lambda copy: copy.wait())
             self.vmem.leaving[slot] = 0
-
-
-def rows_of(ref: Ref, first: Any, count: Any) -> Ref:
-    """Rows of words; both numbers are multiples of GROUP_ROWS."""
-    if not isinstance(count, int):
-        count = pl.multiple_of(count, GROUP_ROWS)
-    return ref.at[pl.ds(pl.multiple_of(first, GROUP_ROWS), count)]
-
-
-def shifted(tokens: Ref, pack: int, place: jax.Array, fields: jax.Array) -> jax.Array:
-    """GROUP_ROWS rows of words from row `place` and, by `fields` bits, from the rows behind."""
-    aligned = pl.multiple_of((place & -GROUP_ROWS) * pack, GROUP_ROWS * pack)
-    rows = pltpu.bitcast(tokens[pl.ds(aligned, 2 * GROUP_ROWS * pack)], jnp.int32)
-    down = 2 * GROUP_ROWS - (place & (GROUP_ROWS - 1))
-    here = pltpu.roll(rows, down, 0)[:GROUP_ROWS]
-    behind = pltpu.roll(rows, down - 1, 0)[:GROUP_ROWS]
-    low = lax.shift_right_logical(here, jnp.broadcast_to(fields, here.shape))
-    return low | jnp.where(fields == 0, 0, jnp.left_shift(behind, (32 - fields) & 31))
 
 
 def repeat(times: Any, action: Callable[[jax.Array], None]) -> None:

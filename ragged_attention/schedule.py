@@ -277,20 +277,21 @@ class Walk(NamedTuple):
         return record, moved
 
 
-def store_record(books: Ref, slot: jax.Array, record: Record) -> None:
-    """Puts a record into a slot of books [slots, fields]."""
-    for field, value in enumerate(record):
-        books[slot, field] = jnp.int32(value)
+def store_record(books: Record, slot: jax.Array, record: Record) -> None:
+    """Puts a record into a slot of books, an array [slots] of each field that is of use."""
+    for field, value in zip(books, record, strict=True):
+        if field is not None:
+            field[slot] = jnp.int32(value)
 
 
 class Noted:
     """A record in its slot; fields are read when they are asked for."""
 
-    def __init__(self, books: Ref, slot: jax.Array) -> None:
+    def __init__(self, books: Record, slot: jax.Array) -> None:
         self.books, self.slot = books, slot
 
     def __getattr__(self, name: str) -> jax.Array:
-        return self.books[self.slot, Record._fields.index(name)]
+        return getattr(self.books, name)[self.slot]
 
     def has(self, kind: int) -> jax.Array:
         """Whether it is of a kind."""

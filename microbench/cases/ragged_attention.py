@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 
 import ragged_attention as ra
 from microbench.case import Call, Case, Check, Cost
-from ragged_attention.plan import MANY
+from ragged_attention.plan import HEADS_AT_ONCE, MANY
 from tpukit import interpret
 from tpukit.listing import Region
 
@@ -424,27 +425,25 @@ def explain(case: Case, chip: str) -> ra.Explanation:
 
 
 def figures(case: Case, report: Any) -> dict[str, float]:
-    """A whole tile of keys for the case's blocks of queries: bundles, MXU use, spilled registers.
+    """A whole chunk of keys for the case's blocks of queries: bundles, MXU use, spilled registers.
 
-    Of blocks of one token that is the last of the first few pieces of code with products, one per
-    size of a tile; of large blocks, whose code goes through the heads in a loop, the shortest with
-    the most products.
+    Of the pieces of code with products it is the shortest with the most of them; for blocks of one
+    token, of the first few, one per size of a chunk.
     """
     shape, kernel = _shape(case), report.kernel("ragged_attention")
     plan = explain(case, report.chip).plan
     regions = [*kernel.outside, *(r for loop in kernel.loops for r in loop.regions)]
     busy = sorted((r for r in regions if r.ops.matmuls), key=lambda r: r.start)
     if max(shape.q_lens) == 1:
-        tile: Region = busy[len(plan.key_sizes) - 1]
-    else:
-        tile = min(busy, key=lambda r: (-r.ops.matmuls, r.bundles))
+        busy = busy[: len(plan.key_sizes)]
+    tile: Region = min(busy, key=lambda r: (-r.ops.matmuls, r.bundles))
     many = plan.queries >= MANY and max(shape.q_lens) > 1
     return {
-        "tile keys": plan.keys,
+        "chunk keys": plan.chunk,
         "block queries": plan.queries if max(shape.q_lens) > 1 else 1,
-        "tile heads": min(shape.kv_heads, 2) if many else shape.kv_heads,
-        "tile bundles": tile.bundles,
-        "tile MXU %": 100 * tile.ops.mxu / (2 * tile.bundles),
-        "tile spills/bundle %": 100 * tile.ops.spill / tile.bundles,
-        "tile fills/bundle %": 100 * tile.ops.fill / tile.bundles,
+        "chunk heads": math.gcd(shape.kv_heads, HEADS_AT_ONCE) if many else shape.kv_heads,
+        "chunk bundles": tile.bundles,
+        "chunk MXU %": 100 * tile.ops.mxu / (2 * tile.bundles),
+        "chunk spills/bundle %": 100 * tile.ops.spill / tile.bundles,
+        "chunk fills/bundle %": 100 * tile.ops.fill / tile.bundles,
     }

@@ -4,8 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
-from ragged_attention import flash, kernel, plumbing, schedule
+from ragged_attention import flash, kernel, plumbing, schedule, tiles
 from tests.ragged_attention import oracle
 from tests.ragged_attention.oracle import random_batch
 from tests.ragged_attention.test_ragged_attention import PLAN, check_gates, compiled, run
@@ -95,7 +96,7 @@ FAULTS = {
         changed(Plumbing.shift, lambda shift: shift + 1),
         LATE,
     ),
-    "new rows are not written": (Plumbing, "store_groups", nothing, LATE),
+    "new rows are not written": (tiles.Tiles, "store_groups", nothing, LATE),
     "new rows are not seen": (Pass, "mend", nothing, LATE),
     "a tile is not awaited": (Pass, "await_tile", nothing, MODE),
     "late: a tile is not awaited": (Pass, "await_tile", nothing, LATE),
@@ -109,8 +110,8 @@ FAULTS = {
     "outputs are not awaited": (Pass, "await_out", nothing, MODE),
     "the next page": (
         Plumbing,
-        "pages_of",
-        changed(Plumbing.pages_of, lambda of: lambda place: of(place + 1)),
+        "entries_of",
+        changed(Plumbing.entries_of, lambda of: lambda place: of(place + 1)),
         LATE,
     ),
     "writing ends early": (
@@ -157,3 +158,18 @@ def careless_values(self, record, head, tile):
     """Values whose last group may hold anything."""
     words = self.words(self.layout.vals, head, tile)
     return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
+
+
+def test_another_tokens_resident_queries_are_seen(monkeypatch):
+    batch = random_batch(31, [40, 30, 60], [1, 1, 1], tokens=16)
+    wanted = run(batch, LATE, TIGHT).o
+    assert oracle.same_bits(run(batch, LATE, TIGHT, return_lse=False).o, wanted)
+    compiled.cache_clear()
+    monkeypatch.setattr(Plumbing, "queries_of", late_queries)
+    assert not oracle.same_bits(run(batch, LATE, TIGHT, return_lse=False).o, wanted)
+    compiled.cache_clear()
+
+
+def late_queries(self, record, tokens):
+    """The queries of the token behind."""
+    return self.vmem.queries.at[0, pl.ds(record.row + 1, tokens)]

@@ -306,6 +306,22 @@ def test_rings_and_checks_change_no_bit():
     assert oracle.same_bits(unchecked.o, wanted.o)
 
 
+RESIDENT = {  # with requests that write ahead, and of one token each
+    "all kinds": ([700, 0, 20, 600, 90, 33], [1, 0, 2, 40, 8, 1], EAGER, {"tokens": 64}),
+    "decode": ([40, 520, 0, 16, 0, 1], [1, 1, 0, 1, 1, 1], LATE, {"tokens": 16}),
+}
+
+
+@pytest.mark.parametrize("kind", RESIDENT)
+def test_what_stays_on_the_chip_changes_no_bit(kind):
+    """Queries and outputs of a small batch do, but for where logarithms are wanted."""
+    kv_lens, q_lens, mode, more = RESIDENT[kind]
+    batch = random_batch(18, kv_lens, q_lens, num_pages=120, indices=120, gap=2, **more)
+    wanted, out = run(batch), run(batch, mode, return_lse=False)
+    assert oracle.same_bits(out.o, wanted.o)
+    assert oracle.same_bits(out.cache.words, wanted.cache.words)
+
+
 def test_a_streamed_list_of_pages_changes_no_bit(monkeypatch):
     batch = random_batch(
         9, [700, 20, 600, 90, 33, 1], [1, 2, 40, 8, 1, 1], num_pages=140, indices=300

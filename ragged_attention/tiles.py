@@ -1,0 +1,191 @@
+"""A tile of keys and values: its pages come in, new rows enter it, and its groups go out again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ragged_attention.flash import iota
+from ragged_attention.plumbing import FRESH_ABOVE, MISSING, Plumbing, repeat
+from ragged_attention.schedule import END, GROUP_ROWS, Noted
+
+Ref = Any
+UNROLL = 4  # pages whose transfers are started together: scalar code has long latencies
+JOINED = 64  # tokens of a page up to which adjacent pages, twice as many, are worth looking for
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles(Plumbing):
+    """What happens to a tile before and after it is computed."""
+
+    def start_tile(self, index: Any, now: Any) -> None:
+        """Starts to fetch the tile of a record, unless a fence is between it and record `now`."""
+        record = self.record(index)
+        free = (record.kind & END) == 0
+        if self.walk.limits.may_write_ahead:
+            free &= record.fences == self.record(now).fences
+
+        @pl.when(free)
+        def _() -> None:
+            self.fetch_tile(record, self.tile(index))
+
+    def fetch_tile(self, record: Noted, slot: jax.Array) -> None:
+        """Starts to fetch a tile; small pages that are adjacent move together."""
+        if self.problem.update:
+            self.await_store(slot)
+        self.indices(record.slot, record.page, lambda copy: copy.wait())
+        tile, sem = self.vmem.tiles.at[slot], self.vmem.sems.tiles.at[slot]
+        size, pages = self.problem.page_units, self.pages(record)
+        units = jnp.minimum(self.groups(record.span) * self.parts, pages * size)
+        entry_at = self.entries_of(record)
+        joined = self.layout.page_size <= JOINED
+        unroll = 2 * UNROLL if joined else UNROLL
+
+        def fetch(place: Any, entry: jax.Array, count: Any) -> None:
+            """Starts to fetch units from a page on."""
+            self.move((self.hbm.cache, entry >> 1), (tile, place * size), count, sem)
+
+        def separately(i: jax.Array, entries: list[jax.Array]) -> None:
+            for j, entry in enumerate(entries):
+                fetch(i * unroll + j, entry, size)
+
+        def several(i: jax.Array, seen: jax.Array) -> jax.Array:
+            entries = [entry_at(i * unroll + j) for j in range(unroll)]
+            if not joined:
+                separately(i, entries)
+                return functools.reduce(jnp.bitwise_or, entries, seen)
+            apart = [entry ^ (entries[0] + 2 * size * j) for j, entry in enumerate(entries)]
+            adjacent = functools.reduce(jnp.bitwise_or, apart) == 0
+
+            # Loops of no or one pass: conditions this small become predicates, which save nothing.
+            together = unroll * size
+            repeat(adjacent.astype(jnp.int32), lambda _: fetch(i * unroll, entries[0], together))
+            repeat((~adjacent).astype(jnp.int32), lambda _: separately(i, entries))
+            return functools.reduce(jnp.bitwise_or, entries, seen)
+
+        def one(place: jax.Array, seen: jax.Array) -> jax.Array:
+            entry = entry_at(place)
+            fetch(place, entry, jnp.minimum(units - place * size, size))
+            return seen | entry
+
+        full = units >> (unroll * size).bit_length() - 1
+        seen = lax.fori_loop(0, full, several, jnp.int32(0))
+        seen = lax.fori_loop(full * unroll, pages, one, seen)
+        self.vmem.fetched[slot] = units
+        self.vmem.missing[slot] = seen
+
+    @property
+    def parts(self) -> int:
+        """Units of a group."""
+        return GROUP_ROWS // self.problem.unit
+
+    def await_tile(self, slot: jax.Array) -> None:
+        """Waits for a tile."""
+        tile = self.vmem.tiles.at[slot]
+        self.await_units(tile, self.vmem.fetched[slot], self.vmem.sems.tiles.at[slot])
+
+    def erase_pages(self, record: Noted, slot: jax.Array) -> None:
+        """Zeroes the pages of a tile that are not in the pool, new rows and all."""
+        tile = self.vmem.tiles.at[slot]
+        repeat(self.pages(record), lambda place: self.erase(record, tile, place))
+
+    def erase(self, record: Noted, tile: Ref, place: jax.Array) -> None:
+        """Zeroes a page of a tile that is not in the pool."""
+        size = self.problem.page_units
+
+        @pl.when(is_missing(self.entries_of(record)(place)))
+        def _() -> None:
+            zeros = jnp.zeros((self.problem.unit, self.layout.width), jnp.int32)
+
+            def clear(i: jax.Array) -> None:
+                self.unit_of(tile, place * size + i)[...] = zeros
+
+            repeat(size, clear)
+
+    def store_groups(self, record: Noted, slot: jax.Array, begin: Any, end: Any) -> None:
+        """Starts to write groups [begin, end) of a tile, at least one, to the cache."""
+        tile, sem = self.vmem.tiles.at[slot], self.vmem.sems.stores.at[slot]
+        size = self.problem.page_units
+        shift = size.bit_length() - 1
+
+        def store(i: jax.Array) -> None:
+            entry = self.entries_of(record)(i >> shift)
+
+            @pl.when(~is_missing(entry))
+            def _() -> None:
+                target = (entry >> 1) + (i & (size - 1))
+                self.move((tile, i), (self.hbm.cache, target), 1, sem)
+                self.vmem.stored[slot] += 1
+
+        # Pages smaller than a group: the next one is another request's.
+        last = jnp.minimum(end * self.parts, self.pages(record) << shift)
+        at_least_once(begin * self.parts, last, store)
+
+    def await_store(self, slot: jax.Array) -> None:
+        """Waits until a tile's new rows are in the cache."""
+        tile = self.vmem.tiles.at[slot]
+        self.await_units(tile, self.vmem.stored[slot], self.vmem.sems.stores.at[slot])
+        self.vmem.stored[slot] = 0
+
+    # New rows: words of the tokens' own order, which the kernel shifts into that of the positions.
+
+    def mend(self, record: Noted, slot: jax.Array, fresh: Ref | None) -> None:
+        """Puts new rows into a tile, and zeroes what is behind its last key in the same group."""
+        layout = self.layout
+        pack, width, bits = layout.pack, 32 // layout.pack, layout.pack.bit_length() - 1
+        group = GROUP_ROWS * pack
+        tile, shift = self.vmem.tiles.at[slot], self.shift(record)
+        places = iota((GROUP_ROWS, 1), 0) * pack
+
+        def low(count: jax.Array) -> jax.Array:
+            """A mask of the first `count` tokens of each word."""
+            some = jnp.left_shift(1, jnp.clip(count, 0, pack - 1) * width) - 1
+            return jnp.where(count >= pack, -1, some)
+
+        def mend(g: jax.Array) -> None:
+            behind = g * group + places
+            kept, valid = low(record.cached - behind), low(record.span - behind)
+            mended = tile[g] & (kept & valid)
+            if fresh is not None:
+                place = ((record.key + g * group) >> bits) + (shift >> bits)
+                place += FRESH_ABOVE * GROUP_ROWS
+                place -= 0 if self.problem.resident else self.fresh_rows(record)[0]
+                new = shifted(fresh, pack, place, (shift & (pack - 1)) * width)
+                mended |= new & (valid & ~kept)
+            tile[g] = mended
+
+        at_least_once(self.whole_group(record.cached), self.groups(record.span), mend)
+
+    def whole_group(self, keys: Any) -> Any:
+        """Groups that are full of so many keys."""
+        return keys >> ((GROUP_ROWS * self.layout.pack).bit_length() - 1)
+
+
+def at_least_once(begin: jax.Array, end: jax.Array, action: Callable[[Any], None]) -> None:
+    """action(begin), ..., action(end - 1); most often once, and that without a loop."""
+    action(begin)
+    lax.fori_loop(begin + 1, end, lambda i, _: action(i), None)
+
+
+def is_missing(entry: jax.Array) -> jax.Array:
+    """Whether a page, or one of several, is not in the pool."""
+    return (entry & MISSING) != 0
+
+
+def shifted(tokens: Ref, pack: int, place: jax.Array, fields: jax.Array) -> jax.Array:
+    """GROUP_ROWS rows of words from row `place` and, by `fields` bits, from the rows behind."""
+    aligned = pl.multiple_of((place & -GROUP_ROWS) * pack, GROUP_ROWS * pack)
+    rows = pltpu.bitcast(tokens[pl.ds(aligned, 2 * GROUP_ROWS * pack)], jnp.int32)
+    down = 2 * GROUP_ROWS - (place & (GROUP_ROWS - 1))
+    here = pltpu.roll(rows, down, 0)[:GROUP_ROWS]
+    behind = pltpu.roll(rows, down - 1, 0)[:GROUP_ROWS]
+    low = lax.shift_right_logical(here, jnp.broadcast_to(fields, here.shape))
+    return low | jnp.where(fields == 0, 0, jnp.left_shift(behind, (32 - fields) & 31))
