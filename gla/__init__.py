@@ -3,6 +3,7 @@
 from gla.api import SUPPORTED_CHIPS, explain, gla, gla_batch, supports
 from gla.decay import fla_decay, ling_decay
 from gla.plan import Explanation, Plan
+from gla.short_conv import short_conv
 from gla.states import commit, copy_slots
 from reference.gla import ChannelDecay, HeadDecay, TokenDecay
 from reference.gla_drafts import Drafts, Snapshots
@@ -23,5 +24,6 @@ __all__ = [
     "gla",
     "gla_batch",
     "ling_decay",
+    "short_conv",
     "supports",
 ]

@@ -18,7 +18,6 @@ from jax import lax
 
 NN = ((1,), (0,))
 NT = ((1,), (1,))
-TN = ((0,), (0,))
 
 
 class Decays(NamedTuple):
@@ -80,12 +79,32 @@ def score(q: jax.Array, k: jax.Array, state: jax.Array, decays: Decays) -> Score
     return Scored(pairs(q, k, decays).astype(q.dtype), read(q, state, decays))
 
 
-def advance(k: jax.Array, v: jax.Array, state: jax.Array, decays: Decays) -> jax.Array:
-    """The state after the chunk, [key_dim, value_dim] f32."""
-    decayed = (k.astype(jnp.float32) * decays.until).astype(k.dtype)
-    return state * decays.whole + matmul(decayed, v, TN)
+def finish(
+    k: jax.Array,
+    v: jax.Array,
+    state: jax.Array,
+    decays: Decays,
+    scored: Scored | None,
+    keeps: bool = True,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """What is left of a chunk: its output and the state after it.
 
+    Both are products with v, which is loaded into the matrix unit once.
 
-def output(scored: Scored, v: jax.Array) -> jax.Array:
-    """The chunk's output, [W, value_dim] f32."""
-    return matmul(scored.weights, v, NN) + scored.carried
+    Args:
+      k: [W, key_dim].
+      v: [W, value_dim].
+      state: [key_dim, value_dim] f32 before the chunk.
+      decays: of this head.
+      scored: what `score` found; None where there is no output.
+      keeps: whether the state advances.
+
+    Returns:
+      The output [W, value_dim] f32 or None, the state [key_dim, value_dim] f32 or None.
+    """
+    left = [] if scored is None else [scored.weights]
+    if keeps:
+        left.append((k.astype(jnp.float32) * decays.until).astype(k.dtype).T)
+    both = matmul(jnp.concatenate(left, axis=0), v, NN)
+    o = None if scored is None else both[: k.shape[0]] + scored.carried
+    return o, state * decays.whole + both[-k.shape[1] :] if keeps else None

@@ -19,9 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gla import channel, chunk
-from gla.plan import Plan, Problem, vmem_allowed
+from gla.plan import OUTPUTS, Plan, Problem, vmem_allowed
 from gla.plumbing import Operands, Plumbing, Results, Scratch
-from gla.recurrent import decode_token, pick, stage, unstage
+from gla.recurrent import columns_of, decode_token, pick, stage, unpack, unstage
 from gla.schedule import (
     CHUNK,
     FIRST,
@@ -37,7 +37,7 @@ from gla.schedule import (
     list_items,
 )
 from gla.shift import shift_rows
-from gla.tables import ChannelTables, ConstantTables, iota
+from gla.tables import ChannelTables, ConstantTables, iota, spread
 from reference.gla import clip_log_decay
 
 Ref = Any
@@ -65,9 +65,9 @@ class Walk(Plumbing):
         def _() -> None:
             list_items(self.batch, self.schedule, self.problem.limits(self.plan))
 
-        self.tables.build(self.hbm.log_decay, self.block, self.scale)
         repeat(self.plan.inputs - 1, self.fetch)
         repeat(self.plan.lookahead, self.loads.start)
+        self.tables.build(self.hbm.log_decay, self.block, self.scale)
 
         def step(item: jax.Array, _: None) -> None:
             self.fetch(item + self.plan.inputs - 1)
@@ -75,14 +75,14 @@ class Walk(Plumbing):
             if not self.problem.outputs:
                 self.compute(item)
                 return
-            self.outputs.wait(item - 2)
+            self.outputs.wait(item - OUTPUTS)
             self.compute(item)
             self.join(item)
             self.outputs.start(item)
 
         lax.fori_loop(0, self.num_items, step, None)
         if self.problem.outputs:
-            repeat(2, lambda i: self.outputs.wait(self.num_items - 2 + i))
+            repeat(OUTPUTS, lambda i: self.outputs.wait(self.num_items - OUTPUTS + i))
         repeat(
             self.plan.states, lambda i: self.stores.wait(self.num_requests - self.plan.states + i)
         )
@@ -152,9 +152,10 @@ class Walk(Plumbing):
         slot, begin = self.inputs.slot(item), self.begin(item)
         group = pl.ds(0, ROWS)
         staged = self.vmem.staged
-        stage(staged.q, self.vmem.q[slot, group])
+        stage(staged, *(x[slot, group] for x in (self.vmem.q, self.vmem.k, self.vmem.v)))
         if isinstance(self.tables, ChannelTables):
-            stage(staged.decay, jnp.exp(clip_log_decay(self.tables.steps[slot, group])))
+            steps = self.tables.steps[slot, group]
+            columns_of(jnp.exp(clip_log_decay(steps)), staged.decay)
 
         def token(i: jax.Array, _: None) -> None:
             request, row = self.schedule.request[item] + i, begin + i
@@ -182,18 +183,16 @@ class Walk(Plumbing):
 
         def decay(h: int) -> jax.Array:
             if isinstance(self.tables, ChannelTables):
-                return pick(staged.decay[h], row, width)
+                return spread(pick(staged.decay[h], row), width)
             return self.tables.token(h, slot, row, width)
 
         for heads in self.sets:
             done = [
                 decode_token(
-                    staged.q[h // self.problem.group],
-                    self.vmem.k[slot, :ROWS, self.key_lanes(h)],
-                    self.vmem.v[slot, :ROWS, self.value_lanes(h)],
+                    *unpack(staged.qk[h // self.problem.group], row, self.problem.dtype),
+                    staged.v[h, pl.ds(row, 1)],
                     state[h].astype(jnp.float32),
                     decay(h),
-                    row,
                 )
                 for h in heads
             ]
@@ -362,12 +361,12 @@ class Walk(Plumbing):
 
         def finish(half_done: list[HalfDone]) -> None:
             for x in half_done:
-                if not drafts:
-                    state[x.head] = chunk.advance(x.k, x.v, x.state, x.decays)
-            for x in half_done:
-                if x.scored is not None:
-                    o = chunk.output(x.scored, x.v) * self.late_scale
-                    self.vmem.o[out, :size, self.value_lanes(x.head)] = o.astype(self.vmem.o.dtype)
+                o, new = chunk.finish(x.k, x.v, x.state, x.decays, x.scored, keeps=not drafts)
+                if o is not None:
+                    o = (o * self.late_scale).astype(self.vmem.o.dtype)
+                    self.vmem.o[out, :size, self.value_lanes(x.head)] = o
+                if new is not None:
+                    state[x.head] = new
 
         half_done: list[HalfDone] = []
         for heads in self.sets:
@@ -394,7 +393,7 @@ class Walk(Plumbing):
         @pl.when(begin > 0)
         def _() -> None:
             shared = pl.ds(pl.multiple_of(self.complete(item - 1), ROWS), ROWS)
-            earlier = self.vmem.o[1 - slot, shared].astype(jnp.float32)
+            earlier = self.vmem.o[self.outputs.slot(item - 1), shared].astype(jnp.float32)
             window = self.vmem.o.at[slot, pl.ds(0, ROWS)]
             own = window[...].astype(jnp.float32)
             joined = jnp.where(iota(own.shape, 0) < begin, earlier, own)

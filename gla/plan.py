@@ -20,6 +20,7 @@ DIMS = (64, 128, 256)
 DTYPES = (jnp.bfloat16, jnp.float32)
 MAX_SCALARS = 3 * 2**16  # 32-bit words of SMEM for the schedule, of the 2**18 that every chip has
 LANES = 128
+OUTPUTS = 4  # buffers of outputs, a power of two: a short item takes less than a transfer's latency
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +166,9 @@ def vmem_bytes(problem: Problem, plan: Plan) -> int:
     rows = padded((w, qk), problem.dtype) + padded((w, vo), problem.dtype)
     if problem.outputs:
         rows += padded((w, qk), problem.dtype)
-        total = 2 * padded((w, vo), problem.dtype)
+        total = OUTPUTS * padded((w, vo), problem.dtype)
         total += padded((h // problem.group, problem.key_dim, LANES), jnp.float32)
-        total += padded((h, ROWS, problem.value_dim), jnp.float32)
+        total += 2 * padded((h, ROWS, problem.value_dim), jnp.float32)
     else:
         total = 0
     total += plan.inputs * rows

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gla.plan import Plan, Problem
+from gla.plan import OUTPUTS, Plan, Problem
 from gla.recurrent import Staged
 from gla.schedule import ROWS, SKIP, VERIFY, Batch, Schedule, group_start, in_group
 from gla.tables import LANES, ChannelTables, ConstantTables, TokenTables
@@ -48,7 +48,7 @@ class Scratch(NamedTuple):
     q: Ref  # [P, W, h / group * key_dim]
     k: Ref  # [P, W, h / group * key_dim]
     v: Ref  # [P, W, h * value_dim]
-    o: Ref  # [2, W, h * value_dim]
+    o: Ref  # [OUTPUTS, W, h * value_dim]
     states: Ref  # [S, h, key_dim, value_dim] in the type of the pool
     carry: Ref  # [h, key_dim, value_dim] f32: a narrower state between the chunks of a request
     snapshots: Ref  # [2, h, key_dim, value_dim] in the type of the pool
@@ -57,7 +57,7 @@ class Scratch(NamedTuple):
     tree: Tree
     input_sems: Ref  # [P]
     word_sems: Ref  # [P]
-    output_sems: Ref  # [2]
+    output_sems: Ref  # [OUTPUTS]
     load_sems: Ref  # [S]
     store_sems: Ref  # [S]
     snapshot_sems: Ref  # [2]
@@ -78,7 +78,7 @@ class Scratch(NamedTuple):
             q=pltpu.VMEM((plan.inputs, *qk), problem.dtype) if problem.outputs else None,
             k=pltpu.VMEM((plan.inputs, *qk), problem.dtype),
             v=pltpu.VMEM((plan.inputs, *vo), problem.dtype),
-            o=pltpu.VMEM((2, *vo), problem.dtype) if problem.outputs else None,
+            o=pltpu.VMEM((OUTPUTS, *vo), problem.dtype) if problem.outputs else None,
             states=pltpu.VMEM((plan.states, *state), problem.state_dtype),
             carry=pltpu.VMEM(state if narrow else (1, 8, 128), jnp.float32),
             snapshots=pltpu.VMEM((2, *state), problem.state_dtype) if wanted else None,
@@ -87,7 +87,7 @@ class Scratch(NamedTuple):
             tree=Tree.shapes(plan) if problem.tree else none,
             input_sems=dma((plan.inputs,)),
             word_sems=dma((plan.inputs,)) if problem.tree else None,
-            output_sems=dma((2,)),
+            output_sems=dma((OUTPUTS,)),
             load_sems=dma((plan.states,)),
             store_sems=dma((plan.states,)),
             snapshot_sems=dma((2,)) if wanted else None,
@@ -209,7 +209,7 @@ class Plumbing:
             window = self.vmem.o.at[slot, pl.ds(0, rows.size)]
             return [pltpu.make_async_copy(window, part, self.vmem.output_sems.at[slot])]
 
-        return Stream(copies, 2, lambda item: (item >= 0) & (self.complete(item) > 0))
+        return Stream(copies, OUTPUTS, lambda item: (item >= 0) & (self.complete(item) > 0))
 
     def complete(self, item: Index) -> jax.Array:
         """Rows of the window up to the last whole group."""

@@ -60,18 +60,20 @@ class Schedule:
 
     @classmethod
     def of(cls, kernel: Kernel, plan: Plan) -> Schedule:
-        """Finds the parts: the regions with matrix products, in program order.
+        """Finds the parts: chunks have the matrix products, runs the longest loop before them.
 
         Raises:
           ValueError: they are not what the kernel's source says.
         """
         busy = [(x, r) for x in kernel.loops for r in x.regions if r.ops.matmuls]
-        (tokens, token), *rest = sorted(busy, key=lambda pair: pair[1].start)
-        if len(rest) != len(plan.windows) or len({loop.path for loop, _ in rest}) != 1:
-            raise ValueError(f"expected one branch per window of {plan.windows}, found {len(rest)}")
-        items = rest[0][0]
+        busy.sort(key=lambda pair: pair[1].start)
+        if len(busy) != len(plan.windows) or len({loop.path for loop, _ in busy}) != 1:
+            raise ValueError(f"expected one branch per window of {plan.windows}, found {len(busy)}")
+        items = busy[0][0]
         nested = tuple(x for x in kernel.loops if x.path.startswith(f"{items.path}/"))
-        windows = dict(zip(plan.windows, (region for _, region in rest), strict=True))
+        windows = dict(zip(plan.windows, (region for _, region in busy), strict=True))
+        tokens = max((x for x in nested if x.end <= busy[0][1].start), key=lambda x: x.bundles)
+        token = max(tokens.regions, key=lambda region: region.bundles)
         return cls(plan, items, tokens, token, windows, nested)
 
     def steady(self) -> int:

@@ -56,7 +56,7 @@ DRAFTED = {"verify": (0, (4,) * 64), "tree": (0, (4,) * 64)}
 CACHED = {"snapshots": BATCHES["step"]}
 
 
-def _case(model: str, batch: str) -> Case:
+def _case(model: str, batch: str, name: str = "", **changes: str) -> Case:
     decodes, prefills = (BATCHES | DRAFTED | CACHED)[batch]
     sizes = {"key_dim": 128, "value_dim": 128, "layer": 0, "dtype": "bfloat16", "state": "float32"}
     rule = RULES.get(model, {"decay": "head"})
@@ -64,13 +64,14 @@ def _case(model: str, batch: str) -> Case:
     drafts = {"verify": "chain", "tree": "tree"}.get(batch, "")
     sizes |= {"drafts": drafts, "page": 16 * (batch in CACHED)}
     params = {"decodes": decodes, "prefills": prefills, **sizes, **rule}
-    return Case("gla", f"{model}/{batch}", params)
+    return Case("gla", f"{model}/{batch}{name}", {**params, **changes})
 
 
 CASES = (
     *(_case(model, batch) for model in MODELS for batch in BATCHES),
     *(_case(rule, "prefill") for rule in RULES),
     *(_case("ling-2.6-1t", batch) for batch in (*DRAFTED, *CACHED)),
+    _case("ling-2.6-1t", "decode", " bf16 state", state="bfloat16"),
 )
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gla
-from gla import channel, chunk, recurrent
+from gla import channel, chunk
 from reference import gla as reference
 from tests.gla import oracle
 from tpukit import interpret
@@ -198,7 +198,7 @@ def ordered_sums(monkeypatch):
         return jax.lax.fori_loop(0, a.shape[1], add, zero)
 
     compiled.cache_clear()
-    for module in (channel, chunk, recurrent):
+    for module in (channel, chunk):
         monkeypatch.setattr(module, "matmul", matmul)
     yield
     compiled.cache_clear()

@@ -100,12 +100,13 @@ good_token = tables.TokenTables.chunk
 MUTANTS = {
     "decay within a chunk": (chunk, "score", lambda q, k, s, d: good_score(q, k, s, d._replace(within=jnp.tril(jnp.ones_like(d.within)) * 128**-0.5))),
     "not causal": (tables, "power", lambda g, n: jnp.exp(g * jnp.abs(n).astype(jnp.float32))),
-    "state not decayed": (chunk, "advance", lambda k, v, s, d: good_advance(k, v, s, d._replace(whole=jnp.ones_like(d.whole)))),
-    "keys not decayed": (chunk, "advance", lambda k, v, s, d: good_advance(k, v, s, d._replace(until=jnp.ones_like(d.until)))),
-    "no carried state": (chunk, "output", lambda x, v: good_output(x._replace(carried=0 * x.carried), v)),
-    "swapped rows": (chunk, "output", changed(chunk.output, lambda o: jnp.flip(o, 0))),
+    "state not decayed": (chunk, "finish", lambda k, v, s, d, x, **on: good_finish(k, v, s, d._replace(whole=jnp.ones_like(d.whole)), x, **on)),
+    "keys not decayed": (chunk, "finish", lambda k, v, s, d, x, **on: good_finish(k, v, s, d._replace(until=jnp.ones_like(d.until)), x, **on)),
+    "no carried state": (chunk, "finish", lambda k, v, s, d, x, **on: good_finish(k, v, s, d, x._replace(carried=0 * x.carried), **on)),
+    "swapped rows": (chunk, "finish", changed(chunk.finish, lambda found: (jnp.flip(found[0], 0), found[1]))),
     "bf16 sums": (chunk, "matmul", narrow_sums),
-    "bf16 sums, decode": (recurrent, "matmul", narrow_sums),
+    "bf16 sums, decode": (kernel, "decode_token", lambda q, k, v, state, decay: good_decode(q, k, v, state.astype(jnp.bfloat16), decay.astype(jnp.bfloat16))),
+    "q for k": (recurrent, "pack", lambda q, k: good_pack(k, q)),
     "wrong scale": (chunk, "score", lambda q, k, s, d: good_score(q, k, s, d._replace(since=d.since * 1.05))),
     "off by one": (tables.ConstantTables, "chunk", lambda self, h, begin, end, size, dims: good_chunk(self, h, begin, end + 1, size, dims)),
     "rows not cleared": (kernel.Walk, "clear_outside", lambda *args: None),
@@ -117,15 +118,16 @@ MUTANTS = {
     "state not awaited": (plumbing.Plumbing, "loads", without_wait("loads")),
     "store not awaited": (plumbing.Plumbing, "stores", without_wait("stores")),
     "output not awaited": (plumbing.Plumbing, "outputs", without_wait("outputs")),
-    "wrong row of q": (recurrent, "pick", lambda c, lane, width: good_pick(c, lane ^ 1, width)),
+    "wrong row of q": (recurrent, "pick", lambda c, lane: good_pick(c, lane ^ 1)),
     "heads in the wrong order": (kernel.Walk, "value_lanes", lambda self, h: slice((h ^ 1) * 128, ((h ^ 1) + 1) * 128)),
     "null request not skipped": (schedule, "NULL", schedule.FRESH),
     "first of repeated slots kept": (kernel, "list_items", first_kept),
     "decay of the next token": (tables.ConstantTables, "token", lambda self, *args: good_decay(self, *args) ** 2),
 }  # fmt: skip
 
-good_score, good_advance, good_output = chunk.score, chunk.advance, chunk.output
+good_score, good_finish = chunk.score, chunk.finish
 good_pick, good_decay = recurrent.pick, tables.ConstantTables.token
+good_pack, good_decode = recurrent.pack, recurrent.decode_token
 
 
 @pytest.mark.parametrize("name", MUTANTS)

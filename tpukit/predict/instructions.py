@@ -93,8 +93,8 @@ _DECLARATION = "inlined_call_operand."
 # Families of vector operations, by the first word of the name.
 _VECTOR_NAMES = (
     "vabs vadd vand vandn vbcast vc vceil vclampa vclamps vcmask vcmp vcombine vcvt vdwg vexp2 "
-    "vfloor vlaneseq vld vllmr vlog2 vmand vmatmul vmatprep vmatpush vmatpush1 vmatpush2 vmatpush3 "
-    "vmatres vmax vmaxabs vmin vmmov vmneg vmor vmov vmovacc vmpackc vmul vmxor vnez vor "
+    "vfloor vlaneseq vld vllmr vlog2 vmac vmand vmatmul vmatprep vmatpush vmatpush1 vmatpush2 "
+    "vmatpush3 vmatres vmax vmaxabs vmin vmmov vmneg vmor vmov vmovacc vmpackc vmul vmxor vnez vor "
     "vpack vperm vpop vpow2 vpush vrcp vreduce vrot vround vrsqrt vsel vset vshll vshra vshrl "
     "vsigshft vsort vst vstv vsub vtanh vtrunc vunpack vweird vxor vxpose"
 )
