@@ -68,7 +68,8 @@ def chunks(q, k, v, g, state, start, scale, cuts, window):
     for end in [*cuts, len(q)]:
         for rows in oracle.cut(start + row, end - row, window):
             part = slice(row, row + rows)
-            o[part], state = oracle.chunk(q[part], k[part], v[part], g[part], state, scale)
+            at = (start + row) % oracle.ROWS
+            o[part], state = oracle.chunk(q[part], k[part], v[part], g[part], state, scale, at)
             row += rows
         states.append(state)
     return o, states
