@@ -7,6 +7,7 @@ from gla.short_conv import short_conv
 from gla.states import commit, copy_slots
 from reference.gla import ChannelDecay, HeadDecay, TokenDecay
 from reference.gla_drafts import Drafts, Snapshots
+from reference.gla_norm import NormGate, NormRope, norm_gate, norm_rope
 
 __all__ = [
     "SUPPORTED_CHIPS",
@@ -14,6 +15,8 @@ __all__ = [
     "Drafts",
     "Explanation",
     "HeadDecay",
+    "NormGate",
+    "NormRope",
     "Plan",
     "Snapshots",
     "TokenDecay",
@@ -24,6 +27,8 @@ __all__ = [
     "gla",
     "gla_batch",
     "ling_decay",
+    "norm_gate",
+    "norm_rope",
     "short_conv",
     "supports",
 ]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from gla import fusions
 from gla.kernel import gla_kernel
 from gla.plan import DIMS, DTYPES, Explanation, Plan, Problem, plan_for
 from gla.plumbing import Operands
@@ -18,6 +19,7 @@ from reference import gla as reference
 from reference import gla_drafts
 from reference.gla import ChannelDecay, Decay, HeadDecay, TokenDecay
 from reference.gla_drafts import Drafts, Snapshots
+from reference.gla_norm import NormGate, NormRope, norm_gate, norm_rope
 from tpukit import checks
 from tpukit.chips import Chip, current_chip
 from tpukit.chips import chip as chip_named
@@ -45,6 +47,8 @@ def gla(  # noqa: PLR0913  (each by its name)
     scale: float | None = None,
     drafts: Drafts | None = None,
     snapshots: Snapshots | None = None,
+    prologue: NormRope | None = None,
+    epilogue: NormGate | None = None,
     batch_invariant: bool = False,
     implementation: Implementation = "auto",
     plan: Plan | None = None,
@@ -81,6 +85,10 @@ def gla(  # noqa: PLR0913  (each by its name)
         not above those before it; a slot that a request with rows has, except that a chain of
         drafts may leave a state in its own slot, which accepts drafts while verifying more; of
         snapshots of one slot all but the last.
+      prologue: q and k are normed and turned on their way in, as `gla.norm_rope` would do before
+        the call, rounding included; key_dim 128. `commit` takes the k that it makes.
+      epilogue: the output is normed and gated on its way out, as `gla.norm_gate` would do after
+        the call, rounding included.
       batch_invariant: no bit of a request's result may depend on the rest of the batch. Otherwise
         rounding also depends on the request's first row modulo 16. Costs an eighth of prefill.
         Chunks end at snapshots, so a request's snapshots round its result; then each is, to the
@@ -102,7 +110,8 @@ def gla(  # noqa: PLR0913  (each by its name)
     Source: Lightning Attention-2 (arXiv 2401.04658), GLA (arXiv 2312.06635), Mamba-2 (2405.21060).
     """
     batch, more = (slot_ids, cu_seqlens, has_state), {"drafts": drafts, "snapshots": snapshots}
-    problem = problem_of(q, k, v, state_pool, *batch, decay, batch_invariant, **more)
+    fused = {"prologue": prologue, "epilogue": epilogue}
+    problem = problem_of(q, k, v, state_pool, *batch, decay, batch_invariant, **more, **fused)
     checks.check_choice("gla", "implementation", implementation, get_args(Implementation))
     scale = check_scale(scale, problem.key_dim)
     if validate:
@@ -110,15 +119,19 @@ def gla(  # noqa: PLR0913  (each by its name)
         rules += draft_rules(drafts, cu_seqlens) if drafts else []
         if snapshots:
             rules += snapshot_rules(snapshots, batch, drafts, state_pool.shape[0], v.shape[0])
+        rules += fusions.value_rules(prologue, epilogue)
         checks.raise_if_bad("gla", rules)
     chosen, target = choose(implementation, problem, plan)
     if chosen == "reference":
         options = {"decay": decay, "scale": scale, "run": reference.chunked} | more
-        return gla_drafts.gla(q, k, v, state_pool, *batch, **options)
+        q, k = (q, k) if prologue is None else norm_rope(q, k, prologue)
+        o, pool = gla_drafts.gla(q, k, v, state_pool, *batch, **options)
+        return (o if epilogue is None else norm_gate(o, epilogue)), pool
     plan = plan_for(problem, target, plan).plan
     if not problem.any_work:
         return jnp.zeros_like(v), state_pool
-    call = Call((q, k, v, state_pool), batch, decay, drafts, snapshots)
+    around = fusions.operands(prologue, epilogue, problem.num_tokens)
+    call = Call((q, k, v, state_pool), batch, decay, drafts, snapshots, around)
     return launch(call, problem, plan, scale, chosen)
 
 
@@ -183,7 +196,7 @@ def gla_batch(
     return o.reshape(v.shape), state
 
 
-def explain(
+def explain(  # noqa: PLR0913  (as `gla`)
     q: Any,
     k: Any,
     v: Any,
@@ -196,6 +209,8 @@ def explain(
     chip: str,
     drafts: Drafts | None = None,
     snapshots: Snapshots | None = None,
+    prologue: NormRope | None = None,
+    epilogue: NormGate | None = None,
     batch_invariant: bool = False,
     plan: Plan | None = None,
 ) -> Explanation:
@@ -206,7 +221,7 @@ def explain(
     """
     problem = problem_of(
         q, k, v, state_pool, slot_ids, cu_seqlens, has_state, decay, batch_invariant, drafts,
-        snapshots,
+        snapshots, prologue=prologue, epilogue=epilogue,
     )  # fmt: skip
     return plan_for(problem, chip_named(chip), plan)
 
@@ -233,6 +248,8 @@ def problem_of(
     drafts: Drafts | None = None,
     snapshots: Snapshots | None = None,
     *,
+    prologue: NormRope | None = None,
+    epilogue: NormGate | None = None,
     where: str = "gla",
 ) -> Problem:
     """Checks shapes and dtypes.
@@ -291,6 +308,8 @@ def problem_of(
         drafts=drafts is not None,
         tree=drafts is not None and drafts.ancestors is not None,
         num_snapshots=0 if snapshots is None else dims["snapshots"],
+        prologue=fusions.check_prologue(prologue, dims),
+        epilogue=fusions.check_epilogue(epilogue, dims, v.dtype),
     )
 
 
@@ -390,6 +409,7 @@ class Call(NamedTuple):
     decay: Decay
     drafts: Drafts | None = None
     snapshots: Snapshots | None = None
+    around: fusions.Around = fusions.Around()
 
     def scalars(self, num_tokens: int) -> Batch:
         """What steers the kernel."""
@@ -427,7 +447,7 @@ def launch(
     if words is not None:
         words = jnp.pad(rows(words), ((0, 0), (0, LANES - words.shape[1])))
         words = jax.lax.bitcast_convert_type(words, jnp.int32)
-    flat = Operands(None if q is None else rows(q), rows(k), rows(v), g, words, pool)
+    flat = Operands(None if q is None else rows(q), rows(k), rows(v), g, words, call.around, pool)
     interpret = pltpu.InterpretParams() if chosen == "interpret" else False
     o, pool = gla_kernel(
         call.scalars(num_tokens),

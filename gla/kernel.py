@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gla import channel, chunk
+from gla import channel, chunk, fusions
 from gla.plan import OUTPUTS, Plan, Problem, vmem_allowed
 from gla.plumbing import Operands, Plumbing, Results, Scratch
 from gla.recurrent import columns_of, decode_token, pick, stage, unpack, unstage
@@ -76,7 +76,9 @@ class Walk(Plumbing):
                 self.compute(item)
                 return
             self.outputs.wait(item - OUTPUTS)
+            self.norm_inputs(item)
             self.compute(item)
+            self.norm_outputs(item)
             self.join(item)
             self.outputs.start(item)
 
@@ -94,6 +96,30 @@ class Walk(Plumbing):
         self.inputs.start(item)
         if self.problem.tree:
             self.words.start(item)
+
+    def norm_inputs(self, item: jax.Array) -> None:
+        """Norms and turns the item's q and k, if that is fused."""
+        spec, slot = self.problem.prologue, self.inputs.slot(item)
+        if spec is not None:
+            window, around = self.vmem, self.vmem.around
+
+            @pl.when(self.schedule.kind[item] & SKIP == 0)
+            def _() -> None:
+                angles, weight = around.turns.at[slot], self.hbm.around.qk_weight
+                q, k = window.q.at[slot], window.k.at[slot]
+                fusions.apply_norm_rope(q, k, angles, weight, self.end(item), spec)
+
+    def norm_outputs(self, item: jax.Array) -> None:
+        """Norms and gates the item's o, if that is fused."""
+        spec, slot = self.problem.epilogue, self.inputs.slot(item)
+        if spec is not None:
+            width = spec.heads_per_group * self.problem.value_dim
+
+            @pl.when(self.schedule.kind[item] & SKIP == 0)
+            def _() -> None:
+                o, gate = self.vmem.o.at[self.outputs.slot(item)], self.vmem.around.gate.at[slot]
+                weight = self.hbm.around.o_weight
+                fusions.apply_norm_gate(o, gate, weight, self.end(item), width, spec.eps)
 
     def compute(self, item: jax.Array) -> None:
         """Fills the item's rows of its output window."""
@@ -430,12 +456,13 @@ def gla_kernel(
       scale: of the output.
       interpret: parameters of interpretation, or False.
     """
-    scalars = len([x for x in batch if x is not None])
+    scalars, blocks = len([x for x in batch if x is not None]), problem.heads // plan.heads
     if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
-        operands = jax.tree.map(
+        pinned = jax.tree.map(
             lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM) if x.ndim > 1 else x,
             operands,
         )
+        operands = pinned._replace(around=pinned.around.with_weights(operands.around))
 
     def body(*refs: Ref) -> None:
         inputs, *results, scratch = refs[scalars:]
@@ -445,6 +472,7 @@ def gla_kernel(
 
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     in_specs = jax.tree.map(lambda _: hbm, operands)
+    in_specs = in_specs._replace(around=fusions.specs(operands.around, blocks))
     if not problem.per_token:
         in_specs = in_specs._replace(log_decay=pl.BlockSpec(memory_space=pltpu.SMEM))
     shapes = Results(like(operands.v) if problem.outputs else None, like(operands.pool))
@@ -453,7 +481,7 @@ def gla_kernel(
         name="gla",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=scalars,
-            grid=(problem.heads // plan.heads,),
+            grid=(blocks,),
             in_specs=[in_specs],
             out_specs=jax.tree.map(lambda _: hbm, shapes),
             scratch_shapes=[Scratch.shapes(problem, plan)],

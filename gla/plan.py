@@ -24,6 +24,22 @@ OUTPUTS = 4  # buffers of outputs, a power of two: a short item takes less than 
 
 
 @dataclasses.dataclass(frozen=True)
+class Prologue:
+    """Static facts of a `NormRope`."""
+
+    rotary_dim: int
+    eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """Static facts of a `NormGate`."""
+
+    heads_per_group: int
+    eps: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """Everything about a call that is known when it is traced.
 
@@ -41,6 +57,7 @@ class Problem:
       outputs: there is a q, and an output; else only states advance.
       drafts, tree: requests may be drafts; and have words of ancestors.
       num_snapshots: states wanted in other slots.
+      prologue, epilogue: what is done to q and k before and to o after.
     """
 
     num_tokens: int
@@ -59,6 +76,8 @@ class Problem:
     drafts: bool = False
     tree: bool = False
     num_snapshots: int = 0
+    prologue: Prologue | None = None
+    epilogue: Epilogue | None = None
 
     def limits(self, plan: Plan) -> Limits:
         """What the schedule depends on."""
@@ -179,6 +198,10 @@ def vmem_bytes(problem: Problem, plan: Plan) -> int:
         total += 2 * padded((h, *state), problem.state_dtype)
     if problem.tree:
         total += tree_bytes(plan)
+    if problem.prologue is not None:
+        total += padded((plan.inputs, w, LANES), jnp.float32)
+    if problem.epilogue is not None:
+        total += padded((plan.inputs, w, vo), problem.dtype)
     if problem.per_channel:
         if problem.outputs:
             total += padded((h, problem.key_dim, LANES), jnp.float32)
@@ -233,6 +256,9 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
         refuse("heads", f"a divisor of {problem.heads} and a multiple of {problem.group}")
     if plan.heads != problem.heads and any(width % LANES for width in lanes):
         refuse("heads", f"all heads, or a number whose widths {lanes} are multiples of {LANES}")
+    group = 1 if problem.epilogue is None else problem.epilogue.heads_per_group
+    if plan.heads % group:
+        refuse("heads", f"a multiple of epilogue.heads_per_group, {group}")
     if plan.interleave < 1 or plan.heads % plan.interleave:
         refuse("interleave", f"a divisor of plan.heads = {plan.heads}")
     windows = (32, 64, 128) if problem.per_channel else (32, 64, 128, 256)
@@ -354,6 +380,14 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
             place=chip.name,
             why="decays between drafts are computed for a scalar per token only",
             advice="Verify chains, or use implementation='reference'.",
+        )
+    if problem.prologue is not None and problem.key_dim != LANES:
+        raise UnsupportedError(
+            where="gla",
+            what=f"a prologue with key_dim {problem.key_dim}",
+            place=chip.name,
+            why=f"the kernel turns lanes within one register of {LANES}",
+            advice="Apply gla.norm_rope before the call.",
         )
     words = scalars(problem, plan or Plan(problem.heads))
     if words > MAX_SCALARS:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gla.fusions import Around, Windows
 from gla.plan import OUTPUTS, Plan, Problem
 from gla.recurrent import Staged
 from gla.schedule import ROWS, SKIP, VERIFY, Batch, Schedule, group_start, in_group
@@ -28,6 +29,7 @@ class Operands(NamedTuple):
     v: Ref  # [T, heads * value_dim]
     log_decay: Ref  # f32; [heads] in SMEM, [heads / h, T, h] or [T, heads * key_dim]
     words: Ref  # [T, LANES] i32, words of ancestors in lanes 0 and 1
+    around: Around
     pool: Ref  # [slots, heads, key_dim, value_dim]
 
 
@@ -55,6 +57,7 @@ class Scratch(NamedTuple):
     staged: Staged
     tables: list[Ref]
     tree: Tree
+    around: Windows
     input_sems: Ref  # [P]
     word_sems: Ref  # [P]
     output_sems: Ref  # [OUTPUTS]
@@ -85,6 +88,7 @@ class Scratch(NamedTuple):
             staged=Staged.shapes(problem, plan) if problem.outputs else none,
             tables=tables.shapes(problem, plan),
             tree=Tree.shapes(plan) if problem.tree else none,
+            around=Windows.shapes(problem, plan),
             input_sems=dma((plan.inputs,)),
             word_sems=dma((plan.inputs,)) if problem.tree else None,
             output_sems=dma((OUTPUTS,)),
@@ -160,7 +164,7 @@ class Plumbing:
 
     @property
     def inputs(self) -> Stream:
-        """Per item: the groups of q, k, v (and log decays) that it touches."""
+        """Per item: the groups of q, k, v (and log decays, and gates) that it touches."""
 
         def copies(item: Index, slot: jax.Array) -> list[Any]:
             rows = self.rows(item, group_start(self.end(item) + ROWS - 1))
@@ -170,11 +174,15 @@ class Plumbing:
                 (self.hbm.q, self.vmem.q),
                 (self.hbm.k, self.vmem.k),
                 (self.hbm.v, self.vmem.v),
+                (self.hbm.around.gate, self.vmem.around.gate),
             ):
                 if source is None:
                     continue
                 part = source.at[rows, self.lanes(window.shape[2])]
                 moves.append(pltpu.make_async_copy(part, window.at[slot, pl.ds(0, rows.size)], sem))
+            if self.hbm.around.turns is not None:
+                window = self.vmem.around.turns.at[slot, pl.ds(0, rows.size)]
+                moves.append(pltpu.make_async_copy(self.hbm.around.turns.at[rows], window, sem))
             return moves
 
         def exists(item: Index) -> jax.Array:

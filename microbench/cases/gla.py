@@ -4,7 +4,9 @@ Sources: the BailingMoeV2_5 configuration in `transformers` and sglang-jax's mod
 layers of Ling-2.6-1T have 64 heads, of flash 32, with key and value dim 128; q, k, v arrive in bf16
 and states are f32. A device has 16 heads of 1T (tensor parallel 4 in a layer of 8 norm groups) and
 8 of flash. A serving step prefills 2,048 tokens on a data-parallel rank and decodes 16 or 64
-requests. Their linear layers are Lightning attention: one constant decay per head and layer.
+requests. Their linear layers are Lightning attention: one constant decay per head and layer; q and
+k are normed and half of their dims turned before, the output is normed in groups of 8 heads and
+gated after, which the kernel can do as well ("fused") or XLA around it ("unfused").
 
 Beside them, on the same shape: decays per token (Mamba-2) and per key channel (GLA).
 """
@@ -26,7 +28,7 @@ from microbench.case import Call, Case, Check, Cost
 from microbench.cases._gla_bundles import Schedule
 from reference import gla as reference
 from reference import gla_drafts
-from reference.gla import Decay
+from reference.gla_norm import NormGate, NormRope, norm_gate, norm_rope
 from tpukit import interpret
 
 MODELS = {
@@ -35,6 +37,7 @@ MODELS = {
 }
 
 
+AROUND = ("prologue", "epilogue")
 RULES = {"token-decay": {"decay": "token"}, "channel-decay": {"decay": "channel"}}
 
 
@@ -63,7 +66,7 @@ def _case(model: str, batch: str, name: str = "", **changes: str) -> Case:
     sizes |= MODELS.get(model, MODELS["ling-2.6-1t"])
     drafts = {"verify": "chain", "tree": "tree"}.get(batch, "")
     sizes |= {"drafts": drafts, "page": 16 * (batch in CACHED)}
-    params = {"decodes": decodes, "prefills": prefills, **sizes, **rule}
+    params = {"decodes": decodes, "prefills": prefills, **sizes, **rule, "around": ""}
     return Case("gla", f"{model}/{batch}{name}", {**params, **changes})
 
 
@@ -72,6 +75,11 @@ CASES = (
     *(_case(rule, "prefill") for rule in RULES),
     *(_case("ling-2.6-1t", batch) for batch in (*DRAFTED, *CACHED)),
     _case("ling-2.6-1t", "decode", " bf16 state", state="bfloat16"),
+    *(
+        _case("ling-2.6-1t", batch, f" {around}", around=around)
+        for batch in BATCHES
+        for around in ("fused", "unfused")
+    ),
 )
 
 
@@ -92,6 +100,7 @@ class Shape:
     decay: str
     drafts: str  # "chain" or "tree": what is not decoded is drafts; or ""
     page: int  # rows after multiples of which the last state of a prefill is kept; or 0
+    around: str  # norms, rope and gate: "", "fused" or "unfused"
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -163,6 +172,7 @@ class Inputs(NamedTuple):
     cu_seqlens: Any  # [N + 1]
     has_state: Any  # [N]
     g: Any  # [H], [T, H] or [T, H * K]
+    around: Any  # (NormRope, NormGate) or ()
 
 
 def _shape(case: Case) -> Shape:
@@ -173,10 +183,15 @@ def _shape(case: Case) -> Shape:
 def _specs(shape: Shape) -> Inputs:
     """Shapes and dtypes of the inputs."""
 
-    def spec(dtype: Any, *size: int) -> jax.ShapeDtypeStruct:
+    def spec(dtype: Any, *size: int) -> Any:
         return jax.ShapeDtypeStruct(size, jnp.dtype(dtype))
 
-    requests = len(shape.lengths)
+    requests, half = len(shape.lengths), shape.key_dim // 4
+    norm = spec(jnp.float32, shape.key_dim)
+    angle = spec(jnp.float32, shape.tokens, half)
+    gate = spec(shape.dtype, shape.tokens, shape.heads * shape.value_dim)
+    weight = spec(jnp.float32, shape.heads, shape.value_dim)
+    around = (NormRope(norm, norm, angle, angle), NormGate(weight, gate, heads_per_group=8))
     gates = {
         "head": (shape.heads,),
         "token": (shape.tokens, shape.heads),
@@ -191,6 +206,7 @@ def _specs(shape: Shape) -> Inputs:
         cu_seqlens=spec(jnp.int32, requests + 1),
         has_state=spec(jnp.bool_, requests),
         g=spec(jnp.float32, *gates[shape.decay]),
+        around=around if shape.around else (),
     )
 
 
@@ -201,7 +217,8 @@ def _inputs(shape: Shape, seed: int) -> Inputs:
         return jnp.asarray(rng.standard_normal(spec.shape, dtype=np.float32), spec.dtype)
 
     specs = _specs(shape)
-    values = {name: normal(getattr(specs, name)) for name in ("q", "k", "v", "pool")}
+    names = ("q", "k", "v", "pool", "around")
+    values = {name: jax.tree.map(normal, getattr(specs, name)) for name in names}
     if shape.decay != "head":
         values["g"] = -jnp.asarray(rng.uniform(1e-3, 1, specs.g.shape), jnp.float32)
     return _steering(shape, seed)._replace(**values)
@@ -221,14 +238,19 @@ def _steering(shape: Shape, seed: int) -> Inputs:
     )
 
 
-def _arguments(shape: Shape, args: Inputs) -> tuple[tuple[Any, ...], Decay]:
-    """The positional arguments of `gla.gla`, and the decay."""
-    q, k, v, *states, g = args
+def _arguments(shape: Shape, args: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional arguments of `gla.gla`, and those with names that are arrays."""
+    q, k, v, *states, g, around = args
     q, k = (x.reshape(-1, shape.heads, shape.key_dim) for x in (q, k))
     v = v.reshape(-1, shape.heads, shape.value_dim)
     if shape.decay == "channel":
         g = g.reshape(-1, shape.heads, shape.key_dim)
-    return (q, k, v, *states), DECAYS[shape.decay](g)
+    named: dict[str, Any] = {"decay": DECAYS[shape.decay](g)}
+    if around:
+        prologue, epilogue = around
+        gate = epilogue.gate.reshape(v.shape)
+        named |= {"prologue": prologue, "epilogue": dataclasses.replace(epilogue, gate=gate)}
+    return (q, k, v, *states), named
 
 
 def _plan(case: Case) -> gla.Plan | None:
@@ -239,10 +261,15 @@ def _plan(case: Case) -> gla.Plan | None:
 
 def _call(shape: Shape, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`function` on flat q, k, v, as the projections of a model leave them."""
+    fused = function is gla.gla and shape.around == "fused"
+    dtype = options.get("dtype", jnp.float32)
 
     def fn(*args: Any) -> tuple[jax.Array, jax.Array]:
-        arrays, decay = _arguments(shape, Inputs(*args))
-        o, pool = function(*arrays, decay=decay, **shape.options(), **options)
+        (q, k, *arrays), named = _arguments(shape, Inputs(*args))
+        prologue, epilogue = (None if fused else named.pop(x, None) for x in AROUND)
+        q, k = (q, k) if prologue is None else norm_rope(q, k, prologue, dtype)
+        o, pool = function(q, k, *arrays, **named, **shape.options(), **options)
+        o = o if epilogue is None else norm_gate(o, epilogue, dtype)
         return o.reshape(-1, shape.heads * shape.value_dim), pool
 
     return fn
@@ -289,7 +316,7 @@ def check(case: Case, seed: int) -> list[Check]:
             o, pool = jax.block_until_ready(kernel(*args))
     with jax.enable_x64(True):
         oracle = _call(shape, gla_drafts.gla, run=reference.recurrent, dtype=jnp.float64)
-        wide = [x.astype(jnp.float64) if x.dtype == shape.dtype else x for x in args]
+        wide = jax.tree.map(lambda x: x.astype(float) if x.dtype == shape.dtype else x, args)
         exact, exact_pool = jax.jit(oracle)(*wide[:3], args.pool.astype(jnp.float64), *wide[4:])
     rounded = _call(shape, gla_drafts.gla, operands=jnp.dtype(shape.dtype))
     plain, plain_pool = jax.jit(rounded)(*args)
@@ -352,7 +379,9 @@ def cost(case: Case) -> Cost:
     width = 2 * shape.heads * (shape.key_dim + shape.value_dim)  # q, k, v and o
     written = shape.decodes if shape.drafts else len(shape.lengths)
     states = int(shape.resumes().sum()) + written + len(shape.kept)
+    width += shape.heads * shape.value_dim if shape.around else 0  # the gate
     row_bytes = shape.tokens * width * jnp.dtype(shape.dtype).itemsize
+    row_bytes += 2 * shape.tokens * shape.key_dim if shape.around else 0  # cosines and sines
     if shape.decay != "head":
         row_bytes += _specs(shape).g.size * 4
     return Cost(
@@ -364,14 +393,16 @@ def cost(case: Case) -> Cost:
 def explain(case: Case, chip: str) -> gla.Explanation:
     """What `gla.explain` says."""
     shape = _shape(case)
-    arrays, decay = jax.eval_shape(lambda *args: _arguments(shape, Inputs(*args)), *_specs(shape))
-    return gla.explain(*arrays, decay=decay, chip=chip, plan=_plan(case), **shape.options())
+    arrays, named = jax.eval_shape(lambda *args: _arguments(shape, Inputs(*args)), *_specs(shape))
+    if shape.around == "unfused":
+        named = {name: x for name, x in named.items() if name not in AROUND}
+    return gla.explain(*arrays, **named, chip=chip, plan=_plan(case), **shape.options())
 
 
 def figures(case: Case, report: Any) -> dict[str, float]:
     """Bundles of the steady loop per token and head and per decode and head, and of the batch."""
     shape = _shape(case)
-    if shape.drafts or shape.page:  # which take other paths through the kernel
+    if shape.drafts or shape.page or shape.around == "fused":  # which take other paths
         return {}
     plan = explain(case, report.chip).plan
     schedule = Schedule.of(report.kernel("gla"), plan)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,10 +43,11 @@ def test_reduced_batches_stay_small_and_of_their_kind(case):
 def test_inputs_have_the_shapes_that_are_compiled(case):
     _, arguments = cases.aot_target(case)
     _, specs = cases.build("v5e", **json.loads(json.dumps(arguments)))
-    if case.name.endswith("prefill"):
+    if "prefill" in case.name:
         return  # 8,192 tokens of random numbers take a second and show nothing more
     inputs = cases.inputs(case, seed=0)
-    assert [(x.shape, x.dtype) for x in inputs] == [(x.shape, x.dtype) for x in specs]
+    found, wanted = jax.tree.leaves(inputs), jax.tree.leaves(tuple(specs))
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in wanted]
     assert len(set(np.asarray(inputs.slot_ids))) == len(inputs.slot_ids)
     assert np.asarray(inputs.cu_seqlens)[-1] == inputs.q.shape[0]
 
