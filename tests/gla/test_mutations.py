@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 
 import gla
-from gla import chunk, kernel, plumbing, recurrent, schedule, tables
-from tests.gla import oracle
+from gla import chunk, fusions, kernel, plumbing, recurrent, schedule, tables
+from tests.gla import around, oracle, test_fusions
 from tests.gla.test_gla import check_gates, compiled, run
 from tpukit import buffers, interpret
 
@@ -145,3 +145,46 @@ def test_token_sums_off_by_one(monkeypatch):
 
     monkeypatch.setattr(tables.TokenTables, "chunk", late)
     assert not passes(per_token=True)
+
+
+FUSED = test_fusions.mixed(50)
+NAMED = around.random_prologue(51, FUSED), around.random_epilogue(52, FUSED)
+
+
+def fused_passes():
+    """Whether the gates are green where norms, rope and gate are fused."""
+    test_fusions.compiled.cache_clear()
+    try:
+        test_fusions.check_gates(FUSED, *NAMED, *test_fusions.run(FUSED, *NAMED))
+    except (AssertionError, interpret.InterpretError):
+        return False
+    finally:
+        test_fusions.compiled.cache_clear()
+    return True
+
+
+good_turn, good_partner, good_gate = fusions.turn, fusions.partner, fusions.norm_gate
+good_rope, good_each = fusions.norm_rope, fusions.each_group
+FUSED_MUTANTS = {
+    "turned the wrong way": (fusions, "turn", lambda *args: good_turn(*args)._replace(other=-good_turn(*args).other)),
+    "turned with the next lane": (fusions, "partner", lambda n: good_partner(n) ^ 1),
+    "weights of the wrong lane": (fusions, "turn", lambda a, w, n: good_turn(a, jnp.roll(w, 1, axis=1), n)),
+    "q not normed": (fusions, "norm_rope", lambda x, t, lanes, eps: good_rope(x, t, lanes, 0.5)),
+    "no eps": (fusions, "norm_gate", lambda x, g, w, eps: good_gate(x, g, w, 0.0)),
+    "norm per head": (fusions, "norm_gate", lambda x, g, w, eps: jnp.concatenate([good_gate(*(y[:, i : i + 128] for y in (x, g, w)), eps) for i in (0, 128)], axis=1)),
+    "gate without sigmoid": (fusions, "norm_gate", lambda x, g, w, eps: good_gate(x, jnp.zeros_like(g), w, eps) * 2 * g.astype(jnp.float32)),
+    "last group left out": (fusions, "each_group", lambda end, action: good_each(end - 16, action)),
+    "outputs not normed": (kernel.Walk, "norm_outputs", lambda self, item: None),
+}  # fmt: skip
+
+
+def test_the_fused_kernel_passes():
+    assert fused_passes()
+
+
+@pytest.mark.parametrize("name", FUSED_MUTANTS)
+def test_every_fused_fault_is_caught(name, monkeypatch):
+    owner, attribute, fault = FUSED_MUTANTS[name]
+    assert hasattr(owner, attribute)
+    monkeypatch.setattr(owner, attribute, fault)
+    assert not fused_passes()
