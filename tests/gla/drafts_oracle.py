@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tests.gla import oracle
-from tests.gla.oracle import bf16, recurrence, rows_of, wide
+from tests.gla.oracle import bf16, rows_of, wide
 
 MAX_DRAFTS = 64
 
@@ -47,42 +47,50 @@ def along_paths(q, k, v, g, state, words, scale):
     o = np.empty_like(v)
     for i, row in enumerate(seen(words)):
         path = np.flatnonzero(row)
-        o[i] = recurrence(q[path], k[path], v[path], g[path], state, 0, scale)[0][-1]
+        o[i] = recurrence(q[path], k[path], v[path], g[path], state, scale)[0][-1]
     return o
 
 
 def along_paths_rounded(q, k, v, g, state, words, scale):
     """The same on the operands that the kernel rounds to bf16."""
-    mask, o = seen(words), np.empty_like(v)
+    return rounded(q, k, v, g, state, seen(words), scale)[0]
+
+
+def recurrence(q, k, v, g, state, scale):
+    """The definition. g: [n, heads, 1 or key_dim]."""
+    o = np.empty_like(v)
+    for t in range(len(q)):
+        state = np.exp(g[t])[:, :, None] * state + k[t][:, :, None] * v[t][:, None, :]
+        o[t] = scale * np.einsum("hk,hkv->hv", q[t], state)
+    return o, state
+
+
+def rounded(q, k, v, g, state, mask, scale):
+    """A chunk whose row i sees the rows mask[i], on the operands that the kernel rounds to bf16."""
+    o, new = np.empty_like(v), np.empty_like(state)
     for h in range(v.shape[1]):
         b = mask @ g[:, h, 0]
         decay = np.where(mask, np.exp(np.where(mask, b[:, None] - b[None], 0)), 0)
         weights = bf16((q[:, h] @ k[:, h].T) * (scale * decay))
         o[:, h] = weights @ v[:, h] + (q[:, h] @ bf16(state[h])) * (scale * np.exp(b))[:, None]
-    return o
+        decayed = bf16(k[:, h] * np.exp(np.minimum(b[-1] - b, 0))[:, None])
+        new[h] = np.exp(b[-1]) * state[h] + decayed.T @ v[:, h]
+    return o, new
 
 
-def chunks(q, k, v, g, state, start, scale, cuts, window):
-    """Output and states after the rows of `cuts` and the last, as the kernel cuts and rounds."""
+def in_parts(q, k, v, g, state, start, scale, cuts, window):
+    """Output and states after the rows of `cuts` and the last; window: as rounded, or None."""
     o, states, row = np.empty_like(v), [], 0
     for end in [*cuts, len(q)]:
-        for rows in oracle.cut(start + row, end - row, window):
+        lengths = oracle.cut(start + row, end - row, window) if window else [end - row]
+        for rows in lengths:
             part = slice(row, row + rows)
-            at = (start + row) % oracle.ROWS
-            o[part], state = oracle.chunk(q[part], k[part], v[part], g[part], state, scale, at)
+            tokens = (q[part], k[part], v[part], g[part], state)
+            lower = np.tril(np.ones((rows, rows), bool))
+            form = rounded(*tokens, lower, scale) if window else recurrence(*tokens, scale)
+            o[part], state = form
             row += rows
         states.append(state)
-    return o, states
-
-
-def steps(q, k, v, g, state, start, scale, cuts, window):
-    """The same by the definition."""
-    o, states, row = np.empty_like(v), [], 0
-    for end in [*cuts, len(q)]:
-        part = slice(row, end)
-        o[part], state = recurrence(q[part], k[part], v[part], g[part], state, start, scale)
-        states.append(state)
-        row = end
     return o, states
 
 
@@ -107,35 +115,36 @@ def taken(batch, snapshots, draft, tree):
     return found
 
 
-def run(batch, draft=None, words=None, snapshots=((), ()), *, rounded=False, window=128):
-    """Output and pool."""
-    draft = np.zeros(len(batch.slots), bool) if draft is None else draft
-    cuts = taken(batch, snapshots, draft, words)
-    paths = along_paths_rounded if rounded else along_paths
-    last = {int(slot): n for n, slot in enumerate(batch.slots) if np.diff(rows_of(batch)[n])[0] > 0}
-    pool, written = wide(batch.pool).copy(), {}
-
-    def request(q, k, v, g, state, start, scale):
-        n = next(n for n, (b, e) in enumerate(rows_of(batch)) if b == start and e > b)
-        mine = [c for c in cuts if c[0] == n]
-        if words is not None and draft[n] and 1 < len(q) <= MAX_DRAFTS:
-            return paths(q, k, v, g, state, words[start : start + len(q)], scale), state
-        one = len(q) == 1 and not mine
-        ends = [row + 1 - start for _, row, _, _ in mine]
-        form = chunks if rounded and not one else steps
-        o, states = form(q, k, v, g, state, start, scale, ends, window)
-        for (_, _, slot, free), after in zip(mine, states, strict=False):
+def run(batch, draft=None, words=None, snapshots=((), ()), *, window=None):
+    """Output and pool; with a window, as the kernel cuts into such windows and rounds."""
+    bounds, pool, group = rows_of(batch), wide(batch.pool), batch.v.shape[1] // batch.q.shape[1]
+    draft = np.zeros(len(bounds), bool) if draft is None else draft
+    q, k = (np.repeat(wide(x), group, axis=1) for x in (batch.q, batch.k))
+    g = np.clip(wide(batch.g), -30, 0)
+    g = np.broadcast_to(g, (len(q), len(g))) if g.ndim == 1 else g
+    g = g if g.ndim == 3 else g[..., None]
+    v, scale = wide(batch.v), batch.q.shape[-1] ** -0.5
+    o, after, cuts = np.zeros(v.shape), pool.copy(), taken(batch, snapshots, draft, words)
+    for n, (begin, end) in enumerate(bounds):
+        slot, part = int(batch.slots[n]), slice(begin, end)
+        if begin == end or not 0 <= slot < len(pool):
+            continue
+        state = pool[slot] if batch.known[n] else np.zeros_like(pool[0])
+        tokens = (q[part], k[part], v[part], g[part], state)
+        if words is not None and draft[n] and 1 < end - begin <= MAX_DRAFTS:
+            paths = along_paths_rounded if window else along_paths
+            o[part], states, mine = paths(*tokens, words[part], scale), [pool[slot]], []
+        else:
+            mine = [cut for cut in cuts if cut[0] == n]
+            ends = [row + 1 - begin for _, row, _, _ in mine]
+            one = end - begin == 1 and not mine  # decoded, without rounding
+            size = None if one else window
+            o[part], states = in_parts(*tokens, begin, scale, ends, size)
+        after[slot] = pool[slot] if draft[n] else states[-1]
+        for (_, _, target, free), taken_state in zip(mine, states, strict=False):
             if free:
-                written[slot] = after
-        return o, states[-1]
-
-    o, after = oracle.run(batch, request)
-    for slot, n in last.items():
-        if 0 <= slot < len(pool) and not draft[n]:
-            pool[slot] = after[slot]
-    for slot, state in written.items():
-        pool[slot] = state
-    return o, pool
+                after[target] = taken_state
+    return o, after
 
 
 def accepted(batch, words):

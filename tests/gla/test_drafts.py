@@ -58,7 +58,7 @@ def test_bf16(tree):
     batch, words = mixed(2, tree=tree, **dtypes)
     draft = [True] * 7
     o, pool = run(batch, drafts=arrays(draft, words))
-    rounded, _ = drafts_oracle.run(batch, draft, words, rounded=True)
+    rounded, _ = drafts_oracle.run(batch, draft, words, window=128)
     exact, _ = drafts_oracle.run(batch, draft, words)
     rounding = oracle.error(oracle.bf16(rounded), rounded)
     assert oracle.error(o, rounded) <= 1.25 * rounding + FLIPS
@@ -231,7 +231,7 @@ def test_snapshots_in_bf16(state):
     batch, _ = mixed(8, tree=False, lengths=lengths, dtype=ml_dtypes.bfloat16, state=state)
     batch = dataclasses.replace(batch, pool=np.concatenate([batch.pool, batch.pool]))
     o, pool = run(batch, snapshots=wanted(rows, slots))
-    rounded, states = drafts_oracle.run(batch, None, None, (rows, slots), rounded=True)
+    rounded, states = drafts_oracle.run(batch, None, None, (rows, slots), window=128)
     rounding = oracle.error(oracle.bf16(rounded), rounded)
     assert oracle.error(o, rounded) <= 1.25 * rounding + FLIPS
     assert oracle.error(pool, states) <= (STATE_A if state == np.float32 else 2.5e-3)
