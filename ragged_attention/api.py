@@ -94,8 +94,8 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
       soft_cap: logits become soft_cap * tanh(logits / soft_cap).
       sm_scale: of the logits, key_dim ** -0.5 by default.
       q_scale: of q: a number or [] (exact), [q_heads], [tokens, 1] or [tokens, q_heads] (rounded).
-      k_scale, v_scale: of cached keys and values, a number, [] or [kv_heads]. New ones are divided
-        by it as they are written.
+      k_scale, v_scale: of cached keys and values, a number, [], [kv_heads] or, by the reference
+        only, [pages, page_size, kv_heads]. New ones are divided by it as they are written.
       temperature_len: logits of a query at position p beyond it are multiplied by
         log(p) / log(temperature_len).
       query_starts: [requests] int32 position of each request's first query token among the keys
@@ -287,7 +287,7 @@ def by_reference(
     masks = reference.Masks(problem.causal, call.windows(), call.words())
     o, lse = reference.attend(
         q, keys, values, batch, masks, logit_scale=scales[0], value_scale=scales[1],
-        soft_cap=problem.soft_cap, sinks=call.sinks,
+        soft_cap=problem.soft_cap, sinks=call.sinks, **call.row_scales(),
     )  # fmt: skip
     return Attention(o, cache, lse if problem.lse else None)
 

@@ -53,6 +53,7 @@ class Problem:
       update: new keys and values are given.
       placed: positions of queries are given.
       lse: the logarithms of the softmax's sums are wanted.
+      row_scales: rows of the pool have scales of their own, which only the reference knows.
     """
 
     num_tokens: int
@@ -70,6 +71,7 @@ class Problem:
     update: bool
     placed: bool
     lse: bool
+    row_scales: bool = False
 
     @property
     def any_work(self) -> bool:
@@ -470,14 +472,17 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
             why=f"their lengths take {scalars(problem)} scalars, and {SMEM_WORDS} fit",
             advice="Split the batch.",
         )
-    if problem.layout.dtype == "float4_e2m1fn" and chip.name != "tpu7x":
-        raise UnsupportedError(
-            where="ragged_attention",
-            what="a cache of float4_e2m1fn",
-            place=chip.name,
-            why="its vector units do not know the type",
-            advice="Use float8_e4m3fn, or implementation='reference'.",
-        )
+    float4 = problem.layout.dtype == "float4_e2m1fn" and chip.name != "tpu7x"
+    for refused, what, why, instead in (
+        (problem.row_scales, "a k_scale or v_scale for each row of the cache",
+         "the kernel has scales of heads only", "scales of heads"),
+        (float4, "a cache of float4_e2m1fn", "its vector units do not know it", "float8_e4m3fn"),
+    ):  # fmt: skip
+        if refused:
+            advice = f"Use {instead}, or implementation='reference'."
+            raise UnsupportedError(
+                where="ragged_attention", what=what, place=chip.name, why=why, advice=advice
+            )
     if plan is not None:
         check_plan(problem, plan, chip)
         source, why = "argument", "the caller's"

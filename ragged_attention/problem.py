@@ -88,24 +88,40 @@ class Call:
         q = self.q
         if factors:
             q = (q.astype(jnp.float32) * math.prod(factors)).astype(q.dtype)
-        k, v = self.cache_scales()
-        return q, jnp.stack([jnp.broadcast_to(scale * one * k, heads), v])
+        k, v = (
+            jnp.broadcast_to(jnp.float32(1) if of_rows(s) else s, heads)
+            for s in self.cache_scales()
+        )
+        return q, jnp.stack([scale * one * k, v])
 
     def cache_scales(self) -> tuple[jax.Array, jax.Array]:
-        """Scales of keys and values, [kv_heads] each."""
-        heads = self.cache.layout.kv_heads
-        scales = (1.0 if s is None else s for s in (self.k_scale, self.v_scale))
-        k, v = (jnp.broadcast_to(jnp.asarray(s, jnp.float32), heads) for s in scales)
+        """Scales of keys and values as they were given, f32."""
+        k, v = (
+            jnp.asarray(1.0 if s is None else s, jnp.float32) for s in (self.k_scale, self.v_scale)
+        )
         return k, v
+
+    def row_scales(self) -> dict[str, jax.Array]:
+        """Those among them that rows of the pool have each, by their names in the reference."""
+        named = zip(("k_scales", "v_scales"), self.cache_scales(), strict=True)
+        return {name: scale for name, scale in named if of_rows(scale)}
 
     def quantised(self) -> tuple[jax.Array, jax.Array | None]:
         """New keys and values in the type of the cache; None where keys hold the values."""
-        scales = zip((self.k, self.v), self.cache_scales(), strict=True)
-        k, v = (
-            None if x is None else reference.quantise(x, scale, self.cache.layout.dtype)
-            for x, scale in scales
-        )
-        return cast(jax.Array, k), v
+        layout, found = self.cache.layout, []
+        for x, scale in zip((self.k, self.v), self.cache_scales(), strict=True):
+            if x is not None and of_rows(scale):  # a token's is that of the row it is written to
+                size = layout.page_size
+                place = reference.place_of(self.batch(), len(x), self.cache.num_pages, size)
+                rows = scale.reshape(-1, layout.kv_heads)
+                scale = rows.at[place].get(mode="fill", fill_value=1.0)
+            found.append(None if x is None else reference.quantise(x, scale, layout.dtype))
+        return cast(jax.Array, found[0]), found[1]
+
+
+def of_rows(scale: Any) -> bool:
+    """Whether every row of the pool has a scale."""
+    return np.ndim(scale) == 3
 
 
 def refuse(argument: str, got: str, expected: str, advice: str = "") -> None:
@@ -160,6 +176,7 @@ def problem_of(call: Call) -> Problem:
         update=call.k is not None,
         placed=call.query_starts is not None,
         lse=call.return_lse,
+        row_scales=of_rows(call.k_scale) or of_rows(call.v_scale),
     )
 
 
@@ -261,10 +278,11 @@ def check_window(call: Call, dims: checks.Dims) -> None:
 def check_scale_shapes(call: Call, dims: checks.Dims, heads: int) -> None:
     """Checks the shapes of the scales."""
     tokens, q_heads = dims["tokens"], dims["q_heads"]
+    rows = call.cache.num_pages, call.cache.layout.page_size, heads
     shapes = {
         "q_scale": [(), (q_heads,), (tokens, 1), (tokens, q_heads)],
-        "k_scale": [(), (heads,)],
-        "v_scale": [(), (heads,)],
+        "k_scale": [(), (heads,), rows],
+        "v_scale": [(), (heads,), rows],
     }
     for name, allowed in shapes.items():
         value = getattr(call, name)

@@ -123,11 +123,14 @@ def page_of(batch: Batch, request: jax.Array, position: jax.Array, page_size: in
 
 
 def quantise(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """Values / scale in the type of a cache, within its range. scale: [heads] or [], f32."""
-    if jnp.dtype(dtype) == x.dtype and not np.ndim(scale):
-        dividing = x.astype(jnp.float32) / scale
-    else:
-        dividing = x.astype(jnp.float32) / jnp.reshape(scale, (-1, 1))
+    """Values / scale in the type of a cache, within its range.
+
+    Args:
+      x: [T, heads, dim].
+      scale: [], [heads] or [T, heads] f32.
+      dtype: of the cache.
+    """
+    dividing = x.astype(jnp.float32) / (scale[..., None] if np.ndim(scale) else scale)
     if jnp.issubdtype(dtype, jnp.integer):
         info = jnp.iinfo(dtype)
         return jnp.clip(jnp.round(dividing), info.min, info.max).astype(dtype)
@@ -203,20 +206,24 @@ class Keys(NamedTuple):
     causal: bool
     logit_scale: jax.Array
     soft_cap: float | None
+    k_scales: jax.Array | None
+    v_scales: jax.Array | None
 
-    def rows(self, pages: jax.Array, request: jax.Array, key: jax.Array) -> jax.Array:
+    def rows(self, pages: jax.Array, scales: Any, request: jax.Array, key: jax.Array) -> jax.Array:
         """[L, heads, dim] f32 of a request's positions; zeros where a page is not in the pool."""
         num_pages, page_size = pages.shape[:2]
         page = page_of(self.batch, request, key, page_size)
         legal = (page >= 0) & (page < num_pages)
-        found = pages[jnp.where(legal, page, 0), key % page_size].astype(jnp.float32)
+        place = jnp.where(legal, page, 0), key % page_size
+        found = pages[place].astype(jnp.float32)
+        found *= 1 if scales is None else scales[place][..., None]
         return jnp.where(legal[:, None, None], found, 0)
 
     def logits(self, block: Block, request: jax.Array, key: jax.Array) -> tuple[Any, Any]:
         """[B, kv_heads, group, L], -inf where a token does not see a key, and [B, L] who does."""
         seen = visible(block.tokens, key, Masks(self.causal, block.window, block.ancestors))
         seen &= (block.tokens.request == request)[:, None]
-        k = self.rows(self.k_pages, request, key)
+        k = self.rows(self.k_pages, self.k_scales, request, key)
         s = jnp.einsum("bhgd,lhd->bhgl", block.q, k, precision="highest")
         s *= self.logit_scale[:, None, None]
         if self.soft_cap is not None:
@@ -256,13 +263,13 @@ def attend_block(keys: Keys, sinks: jax.Array, rounded: Any, block: Block) -> tu
     def sums(request: jax.Array, key: jax.Array, so_far: Any) -> Any:
         s, seen = keys.logits(block, request, key)
         weight = jnp.exp(s - base[..., None]).astype(rounded).astype(jnp.float32)
-        v, (total, o) = keys.rows(keys.v_pages, request, key), so_far
+        v, (total, o) = keys.rows(keys.v_pages, keys.v_scales, request, key), so_far
         finite = jnp.isfinite(v)  # others are NaN to those who see them, and not 0 * NaN to all
         o += jnp.einsum("bhgl,lhd->bhgd", weight, jnp.where(finite, v, 0), precision="highest")
         bad = jnp.einsum("bl,lhd->bhd", seen.astype(jnp.float32), (~finite).astype(jnp.float32))
         return total + weight.sum(axis=-1), jnp.where(bad[:, :, None] > 0, jnp.nan, o)
 
-    given = jax.tree.leaves((block, keys.k_pages, keys.v_pages, keys.batch, keys.logit_scale))
+    given = jax.tree.leaves((block, keys._replace(causal=None, soft_cap=None)))
     zero = varying(jnp.zeros(block.q.shape[:3]), *given, sinks)
     top = keys.fold(block.tokens, largest, zero + sinks)
     base = jnp.where(jnp.isneginf(top), 0, top)
@@ -290,6 +297,8 @@ def attend(
     value_scale: jax.Array,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of every query token over its request's keys.
 
@@ -302,6 +311,7 @@ def attend(
       logit_scale, value_scale: [kv_heads] f32.
       soft_cap: limit of the logits.
       sinks: [q_heads] f32 logits that take part in the softmax and have no value.
+      k_scales, v_scales: [pages, page_size, kv_heads] f32 of each row of the pages, or None.
 
     Returns:
       o [T, q_heads, value_dim] in the type of q, 0 where nothing is visible, and the logarithm of
@@ -319,7 +329,7 @@ def attend(
         o = jnp.zeros((num_tokens, q_heads, value_dim), q.dtype)
         return o, jnp.broadcast_to(sinks, (num_tokens, q_heads))
     rounded = jnp.float32 if jnp.float32 in (q.dtype, k_pages.dtype) else jnp.bfloat16
-    keys = Keys(k_pages, v_pages, batch, masks.causal, logit_scale, soft_cap)
+    keys = Keys(k_pages, v_pages, batch, masks.causal, logit_scale, soft_cap, k_scales, v_scales)
     sinks = sinks.reshape(kv_heads, -1)
     window = masks.window
     if window is not None:

@@ -234,7 +234,7 @@ def inputs(case: Case, seed: int) -> Inputs:
 
 
 def timed(case: Case) -> Case:
-    """A reduced batch: the reference gathers all keys for every token."""
+    """A reduced batch."""
     if jax.default_backend() == "tpu":
         return case
     small = dataclasses.asdict(_shape(case).reduced())

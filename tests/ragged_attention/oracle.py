@@ -114,11 +114,24 @@ def quantised(x: np.ndarray, scale: Any, dtype: Any) -> np.ndarray:
     return x.astype(dtype)
 
 
+def written_scale(batch: Random, name: str, place: tuple[int, int]) -> Any:
+    """What a row of the pool is divided by as it is written."""
+    scale = batch.options.get(name, 1.0)
+    return scale[place] if np.ndim(scale) == 3 else scale
+
+
+def head_scale(batch: Random, name: str) -> np.ndarray:
+    """Scales of heads, 1 where rows have their own."""
+    scale = batch.options.get(name, 1.0)
+    scale = 1.0 if np.ndim(scale) == 3 else scale
+    return np.broadcast_to(scale, batch.layout.kv_heads).astype(np.float64)
+
+
 def written(batch: Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pages of keys and values after the write, and which rows of them belong to a request."""
     k_pages, v_pages = batch.k_pages.copy(), batch.v_pages.copy()
     live = np.zeros(k_pages.shape[:2], bool)
-    size, options = batch.layout.page_size, batch.options
+    size = batch.layout.page_size
     for r, kv_len in enumerate(batch.kv_lens):
         listed = batch.pages[batch.offsets[r] : batch.offsets[r + 1]]
         first = kv_len - (batch.cu[r + 1] - batch.cu[r])
@@ -132,12 +145,13 @@ def written(batch: Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 continue
             row = batch.cu[r] + position - first
             dtype = batch.layout.dtype
-            key = quantised(batch.k[row : row + 1], options.get("k_scale", 1.0), dtype)
+            key = quantised(batch.k[row : row + 1], written_scale(batch, "k_scale", place), dtype)
             k_pages[place] = key[0]
             if batch.layout.latent:
                 v_pages[place] = key[0][:, : batch.layout.value_dim]
             else:
-                value = quantised(batch.v[row : row + 1], options.get("v_scale", 1.0), dtype)
+                scale = written_scale(batch, "v_scale", place)
+                value = quantised(batch.v[row : row + 1], scale, dtype)
                 v_pages[place] = value[0]
     return k_pages, v_pages, live
 
@@ -169,7 +183,7 @@ def scale_of(batch: Random, token: int, head: int, kv_head: int, position: int) 
     if q_scale.ndim == 2:
         q_scale = np.broadcast_to(q_scale, batch.q.shape[:2])[token]
     q_scale = np.broadcast_to(q_scale, batch.q.shape[1])[head]
-    k_scale = np.broadcast_to(options.get("k_scale", 1.0), batch.layout.kv_heads)[kv_head]
+    k_scale = head_scale(batch, "k_scale")[kv_head]
     scale = options.get("sm_scale", batch.q.shape[2] ** -0.5) * float(q_scale) * float(k_scale)
     limit = options.get("temperature_len")
     if limit is not None and position > limit:
@@ -206,9 +220,13 @@ def exact(batch: Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sinks = np.broadcast_to(options.get("sinks", -np.inf), heads).astype(np.float64)
     o = np.zeros((tokens, heads, layout.value_dim))
     size, lse = np.zeros_like(o), np.tile(sinks, (tokens, 1))
-    v_scale = np.broadcast_to(options.get("v_scale", 1.0), layout.kv_heads).astype(np.float64)
+    v_scale = head_scale(batch, "v_scale")
     owned = [(r, t) for r in range(len(batch.kv_lens)) for t in range(batch.cu[r], batch.cu[r + 1])]
     rows = {r: [gathered(batch, r, pages) for pages in (k_pages, v_pages)] for r, _ in owned}
+    for r, found in rows.items():
+        for i, name in enumerate(("k_scale", "v_scale")):
+            if np.ndim(options.get(name, 1.0)) == 3:
+                found[i] *= gathered(batch, r, options[name])[..., None]
     for r, t in owned:
         keys, values = rows[r]
         position = batch.kv_lens[r] - batch.cu[r + 1] + t

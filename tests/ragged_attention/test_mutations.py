@@ -3,13 +3,16 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from ragged_attention import flash, kernel, plumbing, schedule, tiles
+import ragged_attention as ra
+from ragged_attention import cache, flash, kernel, plumbing, problem, schedule, tiles
+from reference import ragged_attention as reference
 from tests.ragged_attention import oracle
 from tests.ragged_attention.oracle import random_batch
-from tests.ragged_attention.test_ragged_attention import PLAN, check_gates, compiled, run
+from tests.ragged_attention.test_ragged_attention import PLAN, bound, check_gates, compiled, run
 from tpukit import interpret
 
 MODE = interpret.MODES[1]  # eager, with races
@@ -173,3 +176,46 @@ def test_another_tokens_resident_queries_are_seen(monkeypatch):
 def late_queries(self, record, tokens):
     """The queries of the token behind."""
     return self.vmem.queries.at[0, pl.ds(record.row + 1, tokens)]
+
+
+def specified(scales):
+    """Whether the reference is right, over more keys than it computes together."""
+    batch = random_batch(31, [40, 530, 9], [3, 20, 1], num_pages=50, **scales)
+    reference.attend_blocks.clear_cache()
+    o = np.asarray(ra.ragged_paged_attention(*batch.args(), **batch.options).o, float)
+    reference.attend_blocks.clear_cache()
+    wanted, _, size = oracle.exact(batch)
+    return bool((np.abs(o - wanted) <= bound(batch, wanted, size)).all())
+
+
+visible, page_of = reference.visible, reference.page_of
+REFERENCE_FAULTS = {
+    "a window on all": (reference, "visible", lambda t, k, m: visible(t, k, m) & (k >= 2)),
+    "later blocks of keys": (reference, "visible", lambda t, k, m: visible(t, k, m) & (k < 256)),
+    "keys of other requests": (reference, "page_of", lambda b, r, k, s: page_of(b, 0 * r, k, s)),
+    "scales of rows": (problem.Call, "row_scales", lambda self: {}),
+}
+
+
+def test_the_reference_and_every_fault_of_it(monkeypatch):
+    rng = np.random.default_rng(3)
+    names = ("k_scale", "v_scale")
+    scales = {name: rng.uniform(0.5, 2, (50, 16, 1)).astype(np.float32) for name in names}
+    assert specified(scales)
+    for place, attribute, fault in REFERENCE_FAULTS.values():
+        with monkeypatch.context() as changed:
+            changed.setattr(place, attribute, fault)
+            assert not specified(scales), attribute
+    reference.attend_blocks.clear_cache()
+
+
+def test_sets_that_are_weighed_alike_are_seen(monkeypatch):
+    """Merged results follow the logarithms."""
+    rng = np.random.default_rng(5)
+    o = jnp.asarray(rng.standard_normal((2, 3, 1, 8)), jnp.float32)
+    lse = jnp.log(jnp.array([[[1.0]] * 3, [[3.0]] * 3]))
+    wanted = np.asarray(o[0] + 3 * o[1]) / 4
+    assert np.allclose(ra.merge_attention_states(o, lse)[0], wanted, atol=1e-6)
+    alike = cache._merged
+    monkeypatch.setattr(cache, "_merged", lambda o, lse, *rest: alike(o, 0 * lse, *rest))
+    assert not np.allclose(ra.merge_attention_states(o, lse)[0], wanted, atol=1e-6)

@@ -18,8 +18,10 @@ from tests.ragged_attention import oracle
 from tests.ragged_attention.oracle import random_batch
 from tests.ragged_attention.test_ragged_attention import PLAN, bound
 from tpukit import interpret
+from tpukit.errors import UnsupportedError
 
 TYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")
+SCALES = ("k_scale", "v_scale")
 SHAPES = [(1, 128, 128), (3, 80, 80), (8, 96, 96), (2, 192, 128), (1, 40, 8), (3, 80, 72)]
 
 
@@ -90,6 +92,28 @@ def test_update_kv_cache_writes_what_attention_writes(cache):
     keys, values, _ = oracle.written(batch)
     for found, wanted in zip(out.unpack(), (keys, values), strict=True):
         assert oracle.same_bits(found, wanted)
+
+
+@pytest.mark.parametrize("cache", [np.int8, ml_dtypes.float8_e4m3fn])
+def test_rows_of_the_cache_can_have_scales_of_their_own(cache):
+    """By the reference; and written rows are divided by theirs."""
+    rng = np.random.default_rng(9)
+    scales = {name: rng.uniform(0.02, 0.1, (40, 16, 2)).astype(np.float32) for name in SCALES}
+    shape = {"cache": cache, "kv_heads": 2, "gap": 1, "window": np.int32(30)}
+    batch = random_batch(9, [40, 33, 9], [3, 16, 0], **shape, **scales)
+    args = batch.args()
+    out = ra.ragged_paged_attention(*args, **batch.options)
+    wanted, _, size = oracle.exact(batch)
+    assert (np.abs(np.asarray(out.o, float) - wanted) <= bound(batch, wanted, size)).all()
+    update = ra.update_kv_cache(*args[1:], **{n: jnp.asarray(s) for n, s in scales.items()})
+    keys, values, _ = oracle.written(batch)
+    for found in (out.cache, update):
+        for own, right in zip(found.unpack(), (keys, values), strict=True):
+            assert oracle.same_bits(own, right)
+    with pytest.raises(
+        UnsupportedError, match=r"k_scale or v_scale for each row .* scales of heads"
+    ):
+        ra.explain(*args, **batch.options, chip="tpu7x")
 
 
 def test_partial_results_merge():
