@@ -14,7 +14,7 @@ from gla.plan import DIMS, DTYPES, Explanation, Plan, Problem, plan_for
 from gla.plumbing import Operands
 from gla.schedule import DRAFTS, RESUMES, ROWS, Batch
 from gla.tables import LANES
-from gla.values import draft_rules, snapshot_rules, value_rules
+from gla.values import all_rules
 from reference import gla as reference
 from reference import gla_drafts
 from reference.gla import ChannelDecay, Decay, HeadDecay, TokenDecay
@@ -44,6 +44,7 @@ def gla(  # noqa: PLR0913  (each by its name)
     has_state: jax.Array,
     *,
     decay: Decay,
+    beta: jax.Array | None = None,
     scale: float | None = None,
     drafts: Drafts | None = None,
     snapshots: Snapshots | None = None,
@@ -57,8 +58,9 @@ def gla(  # noqa: PLR0913  (each by its name)
     """Gated linear attention over a ragged batch of prefill, decode and drafts in any order.
 
     Per head, with state S [key_dim, value_dim]: S_t = e^(g_t) S_{t-1} + k_t^T v_t and
-    o_t = scale * q_t S_t; with a decay per key channel, e^(g_t) scales the rows of S. One kernel;
-    states are read and written in place in the pool (donate it).
+    o_t = scale * q_t S_t; with a decay per key channel, e^(g_t) scales the rows of S. The delta
+    rule puts beta_t (v_t - k_t e^(g_t) S_{t-1}) for v_t: Gated DeltaNet, and KDA with decays per
+    channel. One kernel; states are read and written in place in the pool (donate it).
 
     Args:
       q, k: [tokens, qk_heads, key_dim] bfloat16 or float32. A reshape of the flat projection
@@ -76,6 +78,8 @@ def gla(  # noqa: PLR0913  (each by its name)
       has_state: [requests] bool, whether a request resumes from its slot or starts from zero.
       decay: `HeadDecay(g [heads])`, `TokenDecay(g [tokens, heads])` or `ChannelDecay(g [tokens,
         heads, key_dim])`, log decays per token, clipped to [-30, 0].
+      beta: [tokens, heads] float32 strengths of the delta rule, stable if 0 <= beta_t |k_t|^2 <= 2.
+        Not yet with drafts, snapshots, a prologue or an epilogue.
       scale: of the output, a Python number; key_dim ** -0.5 by default.
       drafts: `Drafts(requests, ancestors)`: requests whose rows are drafts, chains or trees of at
         most 64. They see the request's state, their ancestors and themselves; the state stays as it
@@ -107,23 +111,20 @@ def gla(  # noqa: PLR0913  (each by its name)
       ArgumentError: an argument that can never work: what it was, what it needs.
       UnsupportedError: valid, but not on this machine or chip.
 
-    Source: Lightning Attention-2 (arXiv 2401.04658), GLA (arXiv 2312.06635), Mamba-2 (2405.21060).
+    Source: Lightning Attention-2 (arXiv 2401.04658), GLA (arXiv 2312.06635), Mamba-2 (2405.21060),
+      Gated DeltaNet (2412.06464), Kimi Linear (2510.26692).
     """
     batch, more = (slot_ids, cu_seqlens, has_state), {"drafts": drafts, "snapshots": snapshots}
-    fused = {"prologue": prologue, "epilogue": epilogue}
-    problem = problem_of(q, k, v, state_pool, *batch, decay, batch_invariant, **more, **fused)
+    named = {"beta": beta, "prologue": prologue, "epilogue": epilogue}
+    problem = problem_of(q, k, v, state_pool, *batch, decay, batch_invariant, **more, **named)
     checks.check_choice("gla", "implementation", implementation, get_args(Implementation))
     scale = check_scale(scale, problem.key_dim)
     if validate:
-        rules = value_rules(slot_ids, cu_seqlens, decay, state_pool.shape[0], v.shape[0])
-        rules += draft_rules(drafts, cu_seqlens) if drafts else []
-        if snapshots:
-            rules += snapshot_rules(snapshots, batch, drafts, state_pool.shape[0], v.shape[0])
-        rules += fusions.value_rules(prologue, epilogue)
-        checks.raise_if_bad("gla", rules)
+        rules = all_rules(batch, decay, beta, drafts, snapshots, state_pool.shape[0], v.shape[0])
+        checks.raise_if_bad("gla", rules + fusions.value_rules(prologue, epilogue))
     chosen, target = choose(implementation, problem, plan)
     if chosen == "reference":
-        options = {"decay": decay, "scale": scale, "run": reference.chunked} | more
+        options = {"decay": decay, "beta": beta, "scale": scale, "run": reference.chunked} | more
         q, k = (q, k) if prologue is None else norm_rope(q, k, prologue)
         o, pool = gla_drafts.gla(q, k, v, state_pool, *batch, **options)
         return (o if epilogue is None else norm_gate(o, epilogue)), pool
@@ -131,7 +132,7 @@ def gla(  # noqa: PLR0913  (each by its name)
     if not problem.any_work:
         return jnp.zeros_like(v), state_pool
     around = fusions.operands(prologue, epilogue, problem.num_tokens)
-    call = Call((q, k, v, state_pool), batch, decay, drafts, snapshots, around)
+    call = Call((q, k, v, state_pool), batch, decay, drafts, snapshots, around, beta)
     return launch(call, problem, plan, scale, chosen)
 
 
@@ -141,6 +142,7 @@ def gla_batch(
     v: jax.Array,
     *,
     decay: Decay,
+    beta: jax.Array | None = None,
     scale: float | None = None,
     initial_state: jax.Array | None = None,
     batch_invariant: bool = False,
@@ -154,6 +156,7 @@ def gla_batch(
       v: [batch, time, heads, value_dim].
       decay: `HeadDecay(g [heads])`, `TokenDecay(g [batch, time, heads])` or `ChannelDecay(g [batch,
         time, heads, key_dim])`.
+      beta: [batch, time, heads].
       scale: of the output, key_dim ** -0.5 by default.
       initial_state: [batch, heads, key_dim, value_dim], zero by default.
       batch_invariant, implementation, plan: as in `gla`.
@@ -178,6 +181,9 @@ def gla_batch(
         more = " key_dim" if isinstance(decay, ChannelDecay) else ""
         dims.bind("decay.g", decay.g, "batch time heads" + more)
         decay = type(decay)(decay.g.reshape(batch * time, *decay.g.shape[2:]))
+    if beta is not None:
+        dims.bind("beta", beta, "batch time heads")
+        beta = beta.reshape(batch * time, -1)
     q, k, rows = (x.reshape(batch * time, *x.shape[2:]) for x in (q, k, v))
     o, state = gla(
         q,
@@ -188,6 +194,7 @@ def gla_batch(
         jnp.arange(batch + 1, dtype=jnp.int32) * time,
         jnp.full(batch, initial_state is not None),
         decay=decay,
+        beta=beta,
         scale=scale,
         batch_invariant=batch_invariant,
         implementation=implementation,
@@ -206,6 +213,7 @@ def explain(  # noqa: PLR0913  (as `gla`)
     has_state: Any,
     *,
     decay: Decay,
+    beta: Any = None,
     chip: str,
     drafts: Drafts | None = None,
     snapshots: Snapshots | None = None,
@@ -221,7 +229,7 @@ def explain(  # noqa: PLR0913  (as `gla`)
     """
     problem = problem_of(
         q, k, v, state_pool, slot_ids, cu_seqlens, has_state, decay, batch_invariant, drafts,
-        snapshots, prologue=prologue, epilogue=epilogue,
+        snapshots, beta=beta, prologue=prologue, epilogue=epilogue,
     )  # fmt: skip
     return plan_for(problem, chip_named(chip), plan)
 
@@ -235,7 +243,7 @@ def supports(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def problem_of(
+def problem_of(  # noqa: PLR0913  (as `gla`)
     q: Any,
     k: Any,
     v: Any,
@@ -250,6 +258,7 @@ def problem_of(
     *,
     prologue: NormRope | None = None,
     epilogue: NormGate | None = None,
+    beta: Any = None,
     where: str = "gla",
 ) -> Problem:
     """Checks shapes and dtypes.
@@ -284,6 +293,16 @@ def problem_of(
     checks.check_dtype(where, "has_state", has_state, (jnp.bool_,))
     checks.check_dtype(where, "decay.g", decay.g, (jnp.float32,))
     check_options(dims, drafts, snapshots)
+    if beta is not None:
+        dims.bind("beta", beta, "tokens heads")
+        checks.check_dtype(where, "beta", beta, (jnp.float32,))
+        if any(x is not None for x in (drafts, snapshots, prologue, epilogue)):
+            raise ArgumentError(
+                where=where,
+                argument="beta",
+                got="is given together with drafts, snapshots, a prologue or an epilogue",
+                expected="to come alone",
+            )
     checks.check_range(where, "qk_heads", dims["qk_heads"], low=1)
     checks.check_multiple(
         where, "heads of v", dims["heads"], dims["qk_heads"], "Every query/key head needs as many."
@@ -304,6 +323,7 @@ def problem_of(
         per_token=not isinstance(decay, HeadDecay),
         batch_invariant=bool(batch_invariant),
         per_channel=isinstance(decay, ChannelDecay),
+        delta=beta is not None,
         outputs=q is not None,
         drafts=drafts is not None,
         tree=drafts is not None and drafts.ancestors is not None,
@@ -410,6 +430,7 @@ class Call(NamedTuple):
     drafts: Drafts | None = None
     snapshots: Snapshots | None = None
     around: fusions.Around = fusions.Around()
+    beta: jax.Array | None = None
 
     def scalars(self, num_tokens: int) -> Batch:
         """What steers the kernel."""
@@ -438,16 +459,22 @@ def launch(
         flat = x.reshape(num_tokens, -1)
         return jnp.pad(flat, ((0, padding), (0, 0))) if padding else flat
 
+    def by_block(x: jax.Array) -> jax.Array:  # [tokens, heads] -> [heads / h, tokens, h]
+        return rows(x).reshape(problem.num_tokens, -1, plan.heads).swapaxes(0, 1)
+
     g = call.decay.g
     if problem.per_channel:
         g = rows(g)
     elif problem.per_token:
-        g = rows(g).reshape(problem.num_tokens, -1, plan.heads).swapaxes(0, 1)
+        g = by_block(g)
     words = call.drafts.ancestors if call.drafts is not None else None
     if words is not None:
         words = jnp.pad(rows(words), ((0, 0), (0, LANES - words.shape[1])))
         words = jax.lax.bitcast_convert_type(words, jnp.int32)
-    flat = Operands(None if q is None else rows(q), rows(k), rows(v), g, words, call.around, pool)
+    beta = None if call.beta is None else by_block(call.beta)
+    flat = Operands(
+        None if q is None else rows(q), rows(k), rows(v), g, words, beta, call.around, pool
+    )
     interpret = pltpu.InterpretParams() if chosen == "interpret" else False
     o, pool = gla_kernel(
         call.scalars(num_tokens),

@@ -104,33 +104,41 @@ def decays_of(g: jax.Array, sums: jax.Array) -> Decays:
     return Decays(tuple(map(jnp.exp2, levels)), jnp.exp2(upto), jnp.exp2(after), whole)
 
 
-def pairs(rows: jax.Array, k: jax.Array, decays: Decays) -> jax.Array:
+def pairs(rows: list[jax.Array], k: jax.Array, decays: Decays) -> list[jax.Array]:
     """As `chunk.pairs`; rows of k outside the chunk are 0."""
-    size = k.shape[0]
+    size, count = k.shape[0], len(rows)
     apart = iota((size, size), 0) ^ iota((size, size), 1)  # m <= apart < 2 m: parted by m rows
-    found = matmul(rows, k, NT)
-    wide_rows, wide_k = rows.astype(jnp.float32), k.astype(jnp.float32)
+    found = jnp.split(matmul(jnp.concatenate(rows), k, NT), count)
+    wide = [x.astype(jnp.float32) for x in rows]
+    wide_k = k.astype(jnp.float32)
     for level, factor in enumerate(decays.levels):
         m = 1 << level
         if m < TILE:
-            a, b = wide_rows * factor, wide_k * factor
-            found = jnp.where(apart >= m, matmul(a.astype(k.dtype), b.astype(k.dtype), NT), found)
+            a = jnp.concatenate([(x * factor).astype(k.dtype) for x in wide])
+            new = jnp.split(matmul(a, (wide_k * factor).astype(k.dtype), NT), count)
+            found = [jnp.where(apart >= m, x, y) for x, y in zip(new, found, strict=True)]
         else:
-            (keys, _), (_, queries) = split(wide_k * factor, m), split(wide_rows * factor, m)
-            a = queries.reshape(size // 2, -1).astype(k.dtype)
+            keys = split(wide_k * factor, m)[0]
+            queries = [split(x * factor, m)[1].reshape(size // 2, -1) for x in wide]
+            a = jnp.concatenate([x.astype(k.dtype) for x in queries])
             b = unite(keys, jnp.zeros_like(keys)).astype(k.dtype)
-            above, below = split(found, m)
-            new = matmul(a, b, NT).reshape(below.shape)
-            found = unite(above, jnp.where(split(apart, m)[1] >= m, new, below))
-    return jnp.where(iota((size, size), 0) >= iota((size, size), 1), found, 0.0)
+            parted = split(apart, m)[1] >= m
+            new = jnp.split(matmul(a, b, NT), count)
+            for i, (above, below) in enumerate(split(x, m) for x in found):
+                found[i] = unite(above, jnp.where(parted, new[i].reshape(below.shape), below))
+    lower = iota((size, size), 0) >= iota((size, size), 1)
+    return [jnp.where(lower, x, 0.0) for x in found]
 
 
-def read(rows: jax.Array, state: jax.Array, decays: Decays) -> jax.Array:
+def read(rows: list[jax.Array], state: jax.Array, decays: Decays) -> list[jax.Array]:
     """As `chunk.read`."""
-    decayed = (rows.astype(jnp.float32) * decays.since).astype(rows.dtype)
-    return matmul(decayed, state.astype(rows.dtype), NN)
+    dtype = rows[0].dtype
+    decayed = [(x.astype(jnp.float32) * decays.since).astype(dtype) for x in rows]
+    found = matmul(jnp.concatenate(decayed), state.astype(dtype), NN)
+    return jnp.split(found, len(rows))
 
 
 def score(q: jax.Array, k: jax.Array, state: jax.Array, decays: Decays) -> Scored:
     """As `chunk.score`, without the scale."""
-    return Scored(pairs(q, k, decays).astype(q.dtype), read(q, state, decays))
+    (weights,), (carried,) = pairs([q], k, decays), read([q], state, decays)
+    return Scored(weights.astype(q.dtype), carried)

@@ -10,12 +10,15 @@ Only differences of b with a sum of decays on the way from j to i occur, so no e
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+# A computation that yields where what follows waits for what went before; it returns its result.
+type Stages[T] = Generator[None, None, T]
 NN = ((1,), (0,))
 NT = ((1,), (1,))
 
@@ -58,14 +61,16 @@ def matmul(
     )
 
 
-def pairs(rows: jax.Array, k: jax.Array, decays: Decays) -> jax.Array:
-    """[W, W] f32 products of rows [W, key_dim] with decayed keys up to their own."""
-    return matmul(rows, k, NT) * decays.within
+def pairs(rows: list[jax.Array], k: jax.Array, decays: Decays) -> list[jax.Array]:
+    """Of each of `rows` [W, key_dim] the products with decayed keys up to their own, [W, W] f32."""
+    found = jnp.split(matmul(jnp.concatenate(rows), k, NT), len(rows))
+    return [x * decays.within for x in found]
 
 
-def read(rows: jax.Array, state: jax.Array, decays: Decays) -> jax.Array:
-    """[W, value_dim] f32 products of rows [W, key_dim] with the state as it has decayed by then."""
-    return matmul(rows, state.astype(rows.dtype), NN) * decays.since
+def read(rows: list[jax.Array], state: jax.Array, decays: Decays) -> list[jax.Array]:
+    """Of each of `rows` the products with the decayed state, [W, value_dim] f32."""
+    found = matmul(jnp.concatenate(rows), state.astype(rows[0].dtype), NN)
+    return [x * decays.since for x in jnp.split(found, len(rows))]
 
 
 def score(q: jax.Array, k: jax.Array, state: jax.Array, decays: Decays) -> Scored:
@@ -76,7 +81,8 @@ def score(q: jax.Array, k: jax.Array, state: jax.Array, decays: Decays) -> Score
       state: [key_dim, value_dim] f32.
       decays: of this head.
     """
-    return Scored(pairs(q, k, decays).astype(q.dtype), read(q, state, decays))
+    (weights,), (carried,) = pairs([q], k, decays), read([q], state, decays)
+    return Scored(weights.astype(q.dtype), carried)
 
 
 def finish(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gla import channel, chunk, fusions
+from gla import channel, chunk, delta, fusions
 from gla.plan import OUTPUTS, Plan, Problem, vmem_allowed
 from gla.plumbing import Operands, Plumbing, Results, Scratch
 from gla.recurrent import columns_of, decode_token, pick, stage, unpack, unstage
@@ -41,17 +41,7 @@ from gla.tables import ChannelTables, ConstantTables, iota, spread
 from reference.gla import clip_log_decay
 
 Ref = Any
-
-
-class HalfDone(NamedTuple):
-    """A head whose chunk is scored, if it has an output: that and its state are still to come."""
-
-    head: int
-    k: jax.Array
-    v: jax.Array
-    state: jax.Array
-    decays: Any  # of chunk or of channel
-    scored: chunk.Scored | None
+DONE = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +57,7 @@ class Walk(Plumbing):
 
         repeat(self.plan.inputs - 1, self.fetch)
         repeat(self.plan.lookahead, self.loads.start)
-        self.tables.build(self.hbm.log_decay, self.block, self.scale)
+        self.tables.build(self.hbm.log_decay, self.block, self.early_scale)
 
         def step(item: jax.Array, _: None) -> None:
             self.fetch(item + self.plan.inputs - 1)
@@ -212,16 +202,16 @@ class Walk(Plumbing):
                 return spread(pick(staged.decay[h], row), width)
             return self.tables.token(h, slot, row, width)
 
+        def token(h: int) -> tuple[jax.Array, jax.Array]:
+            q, k = unpack(staged.qk[h // self.problem.group], row, self.problem.dtype)
+            v, before = staged.v[h, pl.ds(row, 1)], state[h].astype(jnp.float32)
+            if self.problem.delta:
+                beta = self.vmem.betas[slot, pl.ds(row, 1), h : h + 1]
+                return delta.decode_token(q, k, v, before, decay(h), beta)
+            return decode_token(q, k, v, before, decay(h))
+
         for heads in self.sets:
-            done = [
-                decode_token(
-                    *unpack(staged.qk[h // self.problem.group], row, self.problem.dtype),
-                    staged.v[h, pl.ds(row, 1)],
-                    state[h].astype(jnp.float32),
-                    decay(h),
-                )
-                for h in heads
-            ]
+            done = [token(h) for h in heads]
             for h, (o, new) in zip(heads, done, strict=True):
                 staged.o[h, pl.ds(row, 1)] = self.scale * o
                 state[h] = new.astype(state.dtype)
@@ -347,7 +337,8 @@ class Walk(Plumbing):
     @property
     def gates(self) -> tuple[Ref, ...]:
         """Windows of what differs from token to token, beside q, k and v, and is 0 outside."""
-        return (self.tables.steps,) if isinstance(self.tables, ChannelTables) else ()
+        steps = (self.tables.steps,) if isinstance(self.tables, ChannelTables) else ()
+        return (*steps, self.vmem.betas) if self.problem.delta else steps
 
     def clear_outside(
         self, slot: jax.Array, begin: jax.Array, end: jax.Array, size: jax.Array
@@ -377,40 +368,49 @@ class Walk(Plumbing):
         return self.tables.chunk(h, begin, end, size, dims)
 
     def chunk_heads(self, item: jax.Array, state: Ref, size: int, drafts: bool) -> None:
-        """All heads in sets, the second half of a set beside the first half of the next."""
+        """All heads in sets, the next stage of each set beside the stage before of the next set."""
+        if not (drafts and self.problem.tree):
+            self.tables.open(self.inputs.slot(item), *self.place(item), size)
+        running: list[chunk.Stages[None]] = []
+        starting = [self.chunk_set(heads, item, state, size, drafts) for heads in self.sets]
+        while starting or running:
+            running = [*starting[:1], *running]
+            starting = starting[1:]
+            running = [stages for stages in running if next(stages, DONE) is not DONE]
+
+    def chunk_set(
+        self, heads: range, item: jax.Array, state: Ref, size: int, drafts: bool
+    ) -> chunk.Stages[None]:
+        """One set of heads."""
         slot, out = self.inputs.slot(item), self.outputs.slot(item)
-        begin, end = self.place(item)
-        tree = drafts and self.problem.tree
-        if not tree:
-            self.tables.open(slot, begin, end, size)
-        score: Any = channel.score if self.problem.per_channel else chunk.score
-
-        def finish(half_done: list[HalfDone]) -> None:
-            for x in half_done:
-                o, new = chunk.finish(x.k, x.v, x.state, x.decays, x.scored, keeps=not drafts)
-                if o is not None:
-                    o = (o * self.late_scale).astype(self.vmem.o.dtype)
-                    self.vmem.o[out, :size, self.value_lanes(x.head)] = o
-                if new is not None:
-                    state[x.head] = new
-
-        half_done: list[HalfDone] = []
-        for heads in self.sets:
-            k = [self.vmem.k[slot, :size, self.key_lanes(h)] for h in heads]
-            v = [self.vmem.v[slot, :size, self.value_lanes(h)] for h in heads]
-            before = [state[h] for h in heads]
-            if tree:
-                decays = [self.vmem.tree.decays(h, size, self.scale) for h in heads]
+        k = [self.vmem.k[slot, :size, self.key_lanes(h)] for h in heads]
+        v = [self.vmem.v[slot, :size, self.value_lanes(h)] for h in heads]
+        before = [state[h] for h in heads]
+        decays: list[Any]
+        if drafts and self.problem.tree:
+            decays = [self.vmem.tree.decays(h, size, self.scale) for h in heads]
+        else:
+            decays = [self.decays(h, slot, *self.place(item), size) for h in heads]
+        if self.problem.per_channel:
+            yield
+        scored: list[Any] = [None] * len(heads)
+        if self.problem.outputs:
+            q = [self.vmem.q[slot, :size, self.key_lanes(h)] for h in heads]
+            form: Any = channel if self.problem.per_channel else chunk
+            fields = list(zip(q, k, before, decays, strict=True))
+            if self.problem.delta:
+                betas = [self.vmem.betas[slot, :size, h : h + 1] for h in heads]
+                scored, v = yield from delta.score(fields, v, betas, form)
             else:
-                decays = [self.decays(h, slot, begin, end, size) for h in heads]
-            scored: list[chunk.Scored | None] = [None] * len(heads)
-            if self.problem.outputs:
-                q = [self.vmem.q[slot, :size, self.key_lanes(h)] for h in heads]
-                scored = [score(*args) for args in zip(q, k, before, decays, strict=True)]
-            finish(half_done)
-            fields = zip(heads, k, v, before, decays, scored, strict=True)
-            half_done = [HalfDone(*args) for args in fields]
-        finish(half_done)
+                scored = [form.score(*args) for args in fields]
+        yield
+        for i, h in enumerate(heads):
+            o, new = chunk.finish(k[i], v[i], before[i], decays[i], scored[i], keeps=not drafts)
+            if o is not None:
+                o = (o * self.late_scale).astype(self.vmem.o.dtype)
+                self.vmem.o[out, :size, self.value_lanes(h)] = o
+            if new is not None:
+                state[h] = new
 
     def join(self, item: jax.Array) -> None:
         """Takes the rows before the item's first from the window of the item before."""

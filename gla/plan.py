@@ -53,6 +53,7 @@ class Problem:
       state_dtype: of the state pool.
       per_token: decays differ from token to token; they are not constants of the heads.
       per_channel: and from key channel to key channel.
+      delta: values are written by the delta rule.
       batch_invariant: no bit of a request's result may depend on the rest of the batch.
       outputs: there is a q, and an output; else only states advance.
       drafts, tree: requests may be drafts; and have words of ancestors.
@@ -72,6 +73,7 @@ class Problem:
     per_token: bool
     batch_invariant: bool
     per_channel: bool = False
+    delta: bool = False
     outputs: bool = True
     drafts: bool = False
     tree: bool = False
@@ -100,7 +102,7 @@ class Problem:
     @property
     def shifted(self) -> bool:
         """Whether chunks are moved to the start of their windows, lest rounding depend on it."""
-        return self.batch_invariant and self.per_channel
+        return self.batch_invariant and (self.per_channel or self.delta)
 
     @property
     def group(self) -> int:
@@ -202,6 +204,8 @@ def vmem_bytes(problem: Problem, plan: Plan) -> int:
         total += padded((plan.inputs, w, LANES), jnp.float32)
     if problem.epilogue is not None:
         total += padded((plan.inputs, w, vo), problem.dtype)
+    if problem.delta:
+        total += plan.inputs * padded((w, h), jnp.float32)
     if problem.per_channel:
         if problem.outputs:
             total += padded((h, problem.key_dim, LANES), jnp.float32)
@@ -225,7 +229,7 @@ def tree_bytes(plan: Plan) -> int:
 
 def vmem_allowed(problem: Problem, plan: Plan) -> int:
     """Bytes of VMEM to ask the compiler for: the buffers, and room for values that are spilled."""
-    values = 8 if problem.per_channel else 4
+    values = 8 if problem.per_channel or problem.delta else 4
     return vmem_bytes(problem, plan) * 9 // 8 + values * 2**20
 
 
@@ -261,7 +265,7 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
         refuse("heads", f"a multiple of epilogue.heads_per_group, {group}")
     if plan.interleave < 1 or plan.heads % plan.interleave:
         refuse("interleave", f"a divisor of plan.heads = {plan.heads}")
-    windows = (32, 64, 128) if problem.per_channel else (32, 64, 128, 256)
+    windows = (32, 64, 128) if problem.per_channel or problem.delta else (32, 64, 128, 256)
     if plan.window not in windows:
         refuse("window", f"one of {windows}")
     if problem.tree and plan.window < MAX_DRAFTS + ROWS:
@@ -301,7 +305,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
     # f32 products take six passes of the matrix unit, and as much more code.
     window = 64 if problem.dtype == jnp.float32 and not problem.tree else 128
     for heads in range(min(problem.heads, max(16, problem.group)), 0, -1):
-        interleave = math.gcd(heads, 2 if problem.dtype == jnp.float32 else 4)
+        interleave = math.gcd(heads, 2 if problem.dtype == jnp.float32 or problem.delta else 4)
         for states, lookahead in ((8, 4), (4, 2)):
             plan = Plan(heads, interleave, window, 4, states, lookahead)
             if fits(problem, plan, chip):
@@ -325,6 +329,7 @@ SCHEMA = tuning.Schema(
         "group": int,
         "per_token": bool,
         "per_channel": bool,
+        "delta": bool,
     },
     bucketed=("heads",),
     plan=dict.fromkeys((field.name for field in dataclasses.fields(Plan)), int),
@@ -357,6 +362,7 @@ def key(problem: Problem) -> dict[str, tuning.Value]:
         "group": problem.group,
         "per_token": problem.per_token,
         "per_channel": problem.per_channel,
+        "delta": problem.delta,
         "heads": problem.heads,
     }
 

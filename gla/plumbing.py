@@ -29,6 +29,7 @@ class Operands(NamedTuple):
     v: Ref  # [T, heads * value_dim]
     log_decay: Ref  # f32; [heads] in SMEM, [heads / h, T, h] or [T, heads * key_dim]
     words: Ref  # [T, LANES] i32, words of ancestors in lanes 0 and 1
+    beta: Ref  # [heads / h, T, h] f32, with the delta rule
     around: Around
     pool: Ref  # [slots, heads, key_dim, value_dim]
 
@@ -56,6 +57,7 @@ class Scratch(NamedTuple):
     snapshots: Ref  # [2, h, key_dim, value_dim] in the type of the pool
     staged: Staged
     tables: list[Ref]
+    betas: Ref  # [P, W, h] f32, with the delta rule
     tree: Tree
     around: Windows
     input_sems: Ref  # [P]
@@ -72,6 +74,7 @@ class Scratch(NamedTuple):
         vo = (plan.window, plan.heads * problem.value_dim)
         state = (plan.heads, problem.key_dim, problem.value_dim)
         narrow = problem.state_dtype != jnp.float32
+        betas = (plan.inputs, plan.window, plan.heads)
         tables = TokenTables if problem.per_token else ConstantTables
         tables = ChannelTables if problem.per_channel else tables
         none: Any = None
@@ -87,6 +90,7 @@ class Scratch(NamedTuple):
             snapshots=pltpu.VMEM((2, *state), problem.state_dtype) if wanted else None,
             staged=Staged.shapes(problem, plan) if problem.outputs else none,
             tables=tables.shapes(problem, plan),
+            betas=pltpu.VMEM(betas, jnp.float32) if problem.delta else None,
             tree=Tree.shapes(plan) if problem.tree else none,
             around=Windows.shapes(problem, plan),
             input_sems=dma((plan.inputs,)),
@@ -119,14 +123,19 @@ class Plumbing:
             return ChannelTables(steps, tuple(sums))
         if self.problem.per_token:
             steps, sums, columns = self.vmem.tables
-            return TokenTables(steps, sums, columns, self.scale)
+            return TokenTables(steps, sums, columns, self.early_scale)
         within, rising, falling = self.vmem.tables
         return ConstantTables(within, rising, falling)
 
     @property
+    def early_scale(self) -> float:
+        """What of the scale is in the decay factors."""
+        return 1.0 if self.problem.per_channel or self.problem.delta else self.scale
+
+    @property
     def late_scale(self) -> float:
-        """What of the scale is not in the decay factors."""
-        return self.scale if self.problem.per_channel else 1.0
+        """What of the scale is not."""
+        return self.scale if self.problem.per_channel or self.problem.delta else 1.0
 
     @property
     def schedule(self) -> Schedule:
@@ -183,6 +192,10 @@ class Plumbing:
             if self.hbm.around.turns is not None:
                 window = self.vmem.around.turns.at[slot, pl.ds(0, rows.size)]
                 moves.append(pltpu.make_async_copy(self.hbm.around.turns.at[rows], window, sem))
+            if self.hbm.beta is not None:
+                strengths = self.vmem.betas.at[slot, pl.ds(0, rows.size)]
+                source = self.hbm.beta.at[self.block, rows]
+                moves.append(pltpu.make_async_copy(source, strengths, sem))
             return moves
 
         def exists(item: Index) -> jax.Array:

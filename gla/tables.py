@@ -167,16 +167,16 @@ class TokenTables:
         self, h: int, begin: jax.Array, end: jax.Array, size: int, dims: tuple[int, int]
     ) -> Decays:
         """Factors of head h over a window of `size` rows whose rows [begin, end) are the chunk."""
-        upto = self.sums[:size, h : h + 1]
+        key_dim, value_dim = dims
+        upto = jnp.broadcast_to(self.sums[:size, h : h + 1], (size, LANES))  # once for all uses
         last = self.sums[size - 1 : size, h : h + 1]
         square = (size, size)
-        distance = jnp.where(
-            iota(square, 0) >= iota(square, 1), upto - self.columns[h : h + 1, :size], -jnp.inf
-        )
+        distance = spread(upto, size) - self.columns[h : h + 1, :size]
+        distance = jnp.where(iota(square, 0) >= iota(square, 1), distance, -jnp.inf)
         return Decays(
             within=self.scale * jnp.exp(distance),
-            since=self.scale * jnp.exp(upto),
-            until=jnp.exp(last - upto),
+            since=spread(self.scale * jnp.exp(upto), value_dim),
+            until=spread(jnp.exp(last - upto), key_dim),
             whole=jnp.exp(last),
         )
 

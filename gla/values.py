@@ -83,3 +83,22 @@ def accepted_rules(accepted: jax.Array, cu_seqlens: jax.Array) -> list[checks.Co
     extra = jnp.any(bits_of(accepted) & (jnp.arange(MAX_DRAFTS) >= length[:, None]), axis=1)
     bad = jnp.broadcast_to(extra[:, None], accepted.shape)
     return [checks.Condition("accepted", accepted, bad, "bits of the request's drafts only")]
+
+
+def all_rules(
+    batch: tuple[jax.Array, jax.Array, jax.Array],
+    decay: Decay,
+    beta: jax.Array | None,
+    drafts: Drafts | None,
+    snapshots: Snapshots | None,
+    num_slots: int,
+    num_tokens: int,
+) -> list[checks.Condition]:
+    """What the values of a call have to obey; batch: slot_ids, cu_seqlens, has_state."""
+    rules = value_rules(*batch[:2], decay, num_slots, num_tokens)
+    if beta is not None:
+        rules.append(checks.Condition("beta", beta, ~jnp.isfinite(beta), "finite strengths"))
+    rules += draft_rules(drafts, batch[1]) if drafts else []
+    if snapshots:
+        rules += snapshot_rules(snapshots, batch, drafts, num_slots, num_tokens)
+    return rules

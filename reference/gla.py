@@ -4,25 +4,29 @@ Per head, with state S [key_dim, value_dim] and decay a_t = e^(g_t):
 
     S_t = a_t S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
 
+With a strength beta_t the delta rule writes what the key does not recall yet:
+
+    S_t = a_t S_{t-1} + beta_t k_t^T (v_t - k_t (a_t S_{t-1}))
+
 A batch is ragged: request n owns rows [cu_seqlens[n], cu_seqlens[n+1]) of q, k, v and slot
 slot_ids[n] of a pool of states. `recurrent` is the definition. `chunked` is the same function,
 rearranged into matrix products: fast and differentiable.
 
 Sources: Lightning Attention-2 (arXiv 2401.04658), Gated Linear Attention (arXiv 2312.06635),
-Mamba-2 (arXiv 2405.21060).
+Mamba-2 (arXiv 2405.21060), Gated DeltaNet (arXiv 2412.06464), Kimi Linear (arXiv 2510.26692).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from reference.gla_channel import decayed_products
+from reference.gla_chunk import delta_inverse, pairs, read, until_last
 
 # e^-30 forgets everything in f32; sums of lower values would lose their digits
 MIN_LOG_DECAY = -30.0
@@ -133,6 +137,7 @@ def recurrent(
     has_state: jax.Array,
     *,
     decay: Decay,
+    beta: jax.Array | None = None,
     scale: float | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
@@ -147,6 +152,7 @@ def recurrent(
         belong to no request are 0. A request without rows leaves its slot alone.
       has_state: [N] whether the request resumes from its slot, or starts from a zero state.
       decay: log decays, clipped to [MIN_LOG_DECAY, 0].
+      beta: [tokens, heads] strengths of the delta rule; None for plain gated linear attention.
       scale: of the output, key_dim ** -0.5 by default.
       dtype: of the arithmetic.
 
@@ -165,14 +171,20 @@ def recurrent(
     owner, owned = jnp.argmax(owns, axis=1), jnp.any(owns, axis=1)
 
     def step(states: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q_t, k_t, v_t, g_t, n, live = token
-        state = jnp.exp(g_t)[..., None] * states[n] + k_t[:, :, None] * v_t[:, None, :]
+        q_t, k_t, v_t, g_t, beta_t, n, live = token
+        state = jnp.exp(g_t)[..., None] * states[n]
+        if beta_t is not None:
+            recalled = jnp.einsum("hk,hkv->hv", k_t, state, precision=lax.Precision.HIGHEST)
+            v_t = beta_t[:, None] * (v_t - recalled)
+        state += k_t[:, :, None] * v_t[:, None, :]
         o_t = factor * jnp.einsum("hk,hkv->hv", q_t, state, precision=lax.Precision.HIGHEST)
         return states.at[n].set(jnp.where(live, state, states[n])), jnp.where(live, o_t, 0)
 
     states = initial_states(state_pool, reqs, dtype)
     if slot_ids.shape[0] and num_tokens:
-        states, o = lax.scan(step, states, (q, k, v.astype(dtype), g, owner, owned))
+        strength = None if beta is None else beta.astype(dtype)
+        tokens: Any = (q, k, v.astype(dtype), g, strength, owner, owned)
+        states, o = lax.scan(step, states, tokens)
     else:
         o = jnp.zeros(v.shape, dtype)
     pool = state_pool.at[reqs.store].set(states.astype(state_pool.dtype), mode="drop")
@@ -189,6 +201,7 @@ def chunked(
     has_state: jax.Array,
     *,
     decay: Decay,
+    beta: jax.Array | None = None,
     scale: float | None = None,
     chunk: int = 64,
     operands: DTypeLike = jnp.float32,
@@ -199,6 +212,10 @@ def chunked(
 
         o_i = scale * ( sum_{j <= i} e^(b_i - b_j) (q_i . k_j) v_j  +  e^(b_i) q_i S )
         S'  = e^(b_last) S  +  sum_j e^(b_last - b_j) k_j v_j
+
+    The delta rule puts u for v, which solves, with A_ij = e^(b_i - b_j) (k_i . k_j) for j < i,
+
+        u_i + beta_i sum_j A_ij u_j = beta_i (v_i - e^(b_i) k_i S)
 
     Args:
       chunk: tokens per chunk; a power of two if decays are per channel.
@@ -235,34 +252,33 @@ def chunked(
     v_in = gather(v)
     g = gather(token_decays(decay, num_tokens, jnp.float32))  # [c, h, i, 1 or key_dim]
     b = jnp.cumsum(g, axis=2)
-    last = b[:, :, -1]
-    if isinstance(decay, ChannelDecay):
-        weights = decayed_products(q, k, g, product)
-        rest = jnp.pad(g[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
-        until = jnp.exp(lax.cumsum(rest, axis=2, reverse=True))
+    decayed = k * until_last(g)
+    update, delta = None, None
+    if beta is None:
+        update = product("chjk,chjv->chkv", decayed, v_in)
     else:
-        causal = jnp.tril(jnp.ones((chunk, chunk), bool))
-        within = jnp.exp(jnp.where(causal, b - b.swapaxes(2, 3), -jnp.inf))
-        weights = product("chid,chjd->chij", q, k) * within
-        until = jnp.exp(last[:, :, None] - b)
-    update = product("chjk,chjv->chkv", k * until, v_in)
+        strength = gather(beta)[..., None]
+        delta = (k, b, v_in, strength, delta_inverse(k, g, strength, product), decayed)
 
     starts = initial_states(state_pool, reqs, jnp.float32)
     opens = index == (ends - pieces)[owner]
 
-    def step(state: jax.Array, c: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        opens_c, owner_c, whole, update_c = c
+    def step(state: jax.Array, c: Any) -> tuple[jax.Array, Any]:
+        opens_c, owner_c, whole, update_c, delta_c = c
         before = jnp.where(opens_c, starts[owner_c], state)
+        u = None
+        if delta_c is not None:
+            k_c, b_c, v_c, strength_c, inverse_c, decayed_c = delta_c
+            missing = strength_c * (v_c - read(k_c, b_c, before, product))
+            u = product("hij,hjv->hiv", inverse_c, missing)
+            update_c = product("hjk,hjv->hkv", decayed_c, u)
         after = jnp.exp(whole)[..., None] * before + update_c
-        return after, (before, after)
+        return after, (before, after, u)
 
-    _, (before, after) = lax.scan(step, jnp.zeros_like(starts[0]), (opens, owner, last, update))
-    o = product("chij,chjv->chiv", weights, v_in)
-    if isinstance(decay, ChannelDecay):
-        carried = product("chik,chkv->chiv", jnp.exp(b) * q, before)
-    else:
-        carried = jnp.exp(b) * product("chik,chkv->chiv", q, before)
-    o = factor * (o + carried)
+    chunks: Any = (opens, owner, b[:, :, -1], update, delta)
+    _, (before, after, u) = lax.scan(step, jnp.zeros_like(starts[0]), chunks)
+    o = product("chij,chjv->chiv", pairs(q, k, g, product), v_in if u is None else u)
+    o = factor * (o + read(q, b, before, product))
     o = jnp.zeros(v.shape, jnp.float32).at[rows].set(jnp.moveaxis(o, 2, 1), mode="drop")
     final = after[jnp.maximum(ends - 1, 0)]
     pool = state_pool.at[reqs.store].set(final.astype(state_pool.dtype), mode="drop")

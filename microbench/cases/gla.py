@@ -8,7 +8,8 @@ requests. Their linear layers are Lightning attention: one constant decay per he
 k are normed and half of their dims turned before, the output is normed in groups of 8 heads and
 gated after, which the kernel can do as well ("fused") or XLA around it ("unfused").
 
-Beside them, on the same shape: decays per token (Mamba-2) and per key channel (GLA).
+Beside them, on the same shape: decays per token (Mamba-2) and per key channel (GLA), and the delta
+rule with either (Gated DeltaNet, KDA).
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ MODELS = {
 
 
 AROUND = ("prologue", "epilogue")
-RULES = {"token-decay": {"decay": "token"}, "channel-decay": {"decay": "channel"}}
+RULES = {
+    "token-decay": {"decay": "token", "delta": False},
+    "channel-decay": {"decay": "channel", "delta": False},
+    "gated-deltanet": {"decay": "token", "delta": True},
+    "kda": {"decay": "channel", "delta": True},
+}
 
 
 def ragged(tokens: int, requests: int) -> tuple[int, ...]:
@@ -62,7 +68,7 @@ CACHED = {"snapshots": BATCHES["step"]}
 def _case(model: str, batch: str, name: str = "", **changes: str) -> Case:
     decodes, prefills = (BATCHES | DRAFTED | CACHED)[batch]
     sizes = {"key_dim": 128, "value_dim": 128, "layer": 0, "dtype": "bfloat16", "state": "float32"}
-    rule = RULES.get(model, {"decay": "head"})
+    rule = RULES.get(model, {"decay": "head", "delta": False})
     sizes |= MODELS.get(model, MODELS["ling-2.6-1t"])
     drafts = {"verify": "chain", "tree": "tree"}.get(batch, "")
     sizes |= {"drafts": drafts, "page": 16 * (batch in CACHED)}
@@ -73,6 +79,7 @@ def _case(model: str, batch: str, name: str = "", **changes: str) -> Case:
 CASES = (
     *(_case(model, batch) for model in MODELS for batch in BATCHES),
     *(_case(rule, "prefill") for rule in RULES),
+    *(_case(rule, "decode") for rule in RULES if RULES[rule]["delta"]),
     *(_case("ling-2.6-1t", batch) for batch in (*DRAFTED, *CACHED)),
     _case("ling-2.6-1t", "decode", " bf16 state", state="bfloat16"),
     *(
@@ -98,6 +105,7 @@ class Shape:
     dtype: str
     state: str
     decay: str
+    delta: bool
     drafts: str  # "chain" or "tree": what is not decoded is drafts; or ""
     page: int  # rows after multiples of which the last state of a prefill is kept; or 0
     around: str  # norms, rope and gate: "", "fused" or "unfused"
@@ -173,6 +181,7 @@ class Inputs(NamedTuple):
     has_state: Any  # [N]
     g: Any  # [H], [T, H] or [T, H * K]
     around: Any  # (NormRope, NormGate) or ()
+    beta: Any  # [T, H] or None
 
 
 def _shape(case: Case) -> Shape:
@@ -207,6 +216,7 @@ def _specs(shape: Shape) -> Inputs:
         has_state=spec(jnp.bool_, requests),
         g=spec(jnp.float32, *gates[shape.decay]),
         around=around if shape.around else (),
+        beta=spec(jnp.float32, *gates["token"]) if shape.delta else None,
     )
 
 
@@ -221,6 +231,11 @@ def _inputs(shape: Shape, seed: int) -> Inputs:
     values = {name: jax.tree.map(normal, getattr(specs, name)) for name in names}
     if shape.decay != "head":
         values["g"] = -jnp.asarray(rng.uniform(1e-3, 1, specs.g.shape), jnp.float32)
+    if shape.delta:
+        values["beta"] = jnp.asarray(rng.uniform(0, 1, specs.beta.shape), jnp.float32)
+        keys = values["k"].reshape(shape.tokens, shape.heads, -1).astype(jnp.float32)
+        keys /= jnp.linalg.norm(keys, axis=-1, keepdims=True)
+        values["k"] = keys.astype(shape.dtype).reshape(specs.k.shape)
     return _steering(shape, seed)._replace(**values)
 
 
@@ -240,12 +255,12 @@ def _steering(shape: Shape, seed: int) -> Inputs:
 
 def _arguments(shape: Shape, args: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional arguments of `gla.gla`, and those with names that are arrays."""
-    q, k, v, *states, g, around = args
+    q, k, v, *states, g, around, beta = args
     q, k = (x.reshape(-1, shape.heads, shape.key_dim) for x in (q, k))
     v = v.reshape(-1, shape.heads, shape.value_dim)
     if shape.decay == "channel":
         g = g.reshape(-1, shape.heads, shape.key_dim)
-    named: dict[str, Any] = {"decay": DECAYS[shape.decay](g)}
+    named: dict[str, Any] = {"decay": DECAYS[shape.decay](g), "beta": beta}
     if around:
         prologue, epilogue = around
         gate = epilogue.gate.reshape(v.shape)
@@ -384,6 +399,7 @@ def cost(case: Case) -> Cost:
     row_bytes += 2 * shape.tokens * shape.key_dim if shape.around else 0  # cosines and sines
     if shape.decay != "head":
         row_bytes += _specs(shape).g.size * 4
+    row_bytes += 4 * shape.tokens * shape.heads * shape.delta
     return Cost(
         flops=4.0 * shape.tokens * dims,
         hbm_bytes=float(row_bytes + states * dims * jnp.dtype(shape.state).itemsize),
@@ -402,7 +418,8 @@ def explain(case: Case, chip: str) -> gla.Explanation:
 def figures(case: Case, report: Any) -> dict[str, float]:
     """Bundles of the steady loop per token and head and per decode and head, and of the batch."""
     shape = _shape(case)
-    if shape.drafts or shape.page or shape.around == "fused":  # which take other paths
+    other = shape.drafts or shape.page or shape.around == "fused" or shape.delta
+    if other:  # which take other paths through the kernel
         return {}
     plan = explain(case, report.chip).plan
     schedule = Schedule.of(report.kernel("gla"), plan)

@@ -30,12 +30,17 @@ class Batch:
     cu: np.ndarray
     known: np.ndarray
     g: np.ndarray  # [heads], [tokens, heads] or [tokens, heads, key_dim]
+    beta: np.ndarray | None = None  # [tokens, heads]
 
     def args(self):
         return tuple(
             jnp.asarray(x)
             for x in (self.q, self.k, self.v, self.pool, self.slots, self.cu, self.known)
         )
+
+    @property
+    def strength(self):
+        return None if self.beta is None else jnp.asarray(self.beta)
 
     @property
     def decay(self):
@@ -47,7 +52,7 @@ def decay_of(g):
     return (gla.HeadDecay, gla.TokenDecay, gla.ChannelDecay)[g.ndim - 1](g)
 
 
-def random_batch(
+def random_batch(  # noqa: PLR0913  (a batch, by what is special about it)
     seed,
     lengths,
     *,
@@ -63,8 +68,13 @@ def random_batch(
     slots=None,
     known=None,
     strongest=1.0,
+    delta=False,
+    keys=1.0,
 ):
-    """A batch with requests of the given lengths, `gap` rows before the first."""
+    """A batch with requests of the given lengths, `gap` rows before the first.
+
+    With the delta rule, keys have norm `keys`.
+    """
     rng = np.random.default_rng(seed)
     count = len(lengths)
     cu = (gap + np.cumsum([0, *lengths])).astype(np.int32)
@@ -72,15 +82,18 @@ def random_batch(
     draw = rng.standard_normal
     size = (tokens, heads) if per_token else (heads,)
     size = (tokens, heads, dims[0]) if per_channel else size
+    q, k = (draw((tokens, qk_heads, dims[0])) for _ in range(2))
+    k = keys * k / np.linalg.norm(k, axis=-1, keepdims=True) if delta else k
     return Batch(
-        q=draw((tokens, qk_heads, dims[0])).astype(dtype),
-        k=draw((tokens, qk_heads, dims[0])).astype(dtype),
+        q=q.astype(dtype),
+        k=k.astype(dtype),
         v=draw((tokens, heads, dims[1])).astype(dtype),
         pool=draw((count + 3, heads, *dims)).astype(state),
         slots=(1 + rng.permutation(count) if slots is None else np.asarray(slots)).astype(np.int32),
         cu=cu,
         known=rng.random(count) < 0.6 if known is None else np.asarray(known, bool),
         g=-rng.uniform(1e-5, strongest, size).astype(np.float32),
+        beta=rng.uniform(0, 1, (tokens, heads)).astype(np.float32) if delta else None,
     )
 
 
@@ -111,13 +124,14 @@ def rows_of(batch):
 
 
 def run(batch, request, scale=None):
-    """Applies `request(q, k, v, g, state, start) -> (o, state)` to each request."""
+    """Applies `request(q, k, v, g, state, start, scale[, beta]) -> (o, state)` to each request."""
     heads = batch.v.shape[1]
     group = heads // batch.q.shape[1]
     q, k = (np.repeat(wide(x), group, axis=1) for x in (batch.q, batch.k))
     v, pool = wide(batch.v), wide(batch.pool)
     g = np.clip(wide(batch.g), -30, 0)
     g = np.broadcast_to(g, (len(q), heads)) if g.ndim == 1 else g
+    beta = None if batch.beta is None else wide(batch.beta)
     g = g if g.ndim == 3 else g[..., None]  # [tokens, heads, 1 or key_dim]
     scale = batch.q.shape[-1] ** -0.5 if scale is None else scale
     o, after = np.zeros(v.shape), pool.copy()
@@ -127,14 +141,20 @@ def run(batch, request, scale=None):
             continue
         state = pool[slot] if batch.known[n] else np.zeros_like(pool[0])
         part = slice(begin, end)
-        o[part], after[slot] = request(q[part], k[part], v[part], g[part], state, begin, scale)
+        more = {} if beta is None else {"beta": beta[part]}
+        tokens = (q[part], k[part], v[part], g[part])
+        o[part], after[slot] = request(*tokens, state, begin, scale, **more)
     return o, after
 
 
-def recurrence(q, k, v, g, state, start, scale):
+def recurrence(q, k, v, g, state, start, scale, beta=None):
     o = np.empty_like(v)
     for t in range(len(q)):
-        state = np.exp(g[t])[:, :, None] * state + k[t][:, :, None] * v[t][:, None, :]
+        state = np.exp(g[t])[:, :, None] * state
+        u = v[t]
+        if beta is not None:
+            u = beta[t][:, None] * (u - np.einsum("hk,hkv->hv", k[t], state))
+        state = state + k[t][:, :, None] * u[:, None, :]
         o[t] = scale * np.einsum("hk,hkv->hv", q[t], state)
     return o, state
 
@@ -147,14 +167,16 @@ def exact(batch, scale=None):
 def rounded(batch, *, window=128, batch_invariant=False):
     """Output and pool of float64 arithmetic on the operands that the kernel rounds to bf16."""
 
-    def request(q, k, v, g, state, start, scale):
+    def request(q, k, v, g, state, start, scale, beta=None):
         if len(q) == 1:
-            return recurrence(q, k, v, g, state, start, scale)
+            return recurrence(q, k, v, g, state, start, scale, beta)
         outputs, row = [], 0
         for rows in cut(start, len(q), window, batch_invariant):
             part = slice(row, row + rows)
-            at = (start + row) % ROWS
-            o, state = chunk(q[part], k[part], v[part], g[part], state, scale, at)
+            at = 0 if batch_invariant else (start + row) % ROWS
+            strengths = None if beta is None else beta[part]
+            tokens = (q[part], k[part], v[part], g[part])
+            o, state = chunk(*tokens, state, scale, at, strengths)
             outputs.append(o)
             row += rows
         return np.concatenate(outputs), state
@@ -190,25 +212,34 @@ def two_terms(g):
     return (high + bf16(g - high)) / np.log2(np.e)
 
 
-def chunk(q, k, v, g, state, scale, first):
-    g = two_terms(g) if g.shape[2] > 1 else g
+def chunk(q, k, v, g, state, scale, first=0, beta=None):
+    per_channel = g.shape[2] > 1
+    g = two_terms(g) if per_channel else g
     b = np.cumsum(g, axis=0)
+    early, late = (scale, 1) if beta is None and not per_channel else (1, scale)
+    lower = np.tril(np.ones((len(q), len(q)), bool))
     o, new = np.empty_like(v), np.empty_like(state)
     for h in range(v.shape[1]):
-        if g.shape[2] > 1:
-            weights = bf16(channel_weights(q[:, h], k[:, h], g[:, h], first))
-            carried = bf16(q[:, h] * np.exp(b[:, h])) @ bf16(state[h])
-            o[:, h] = scale * (weights @ v[:, h] + carried)
-            decayed = bf16(k[:, h] * np.exp(b[-1, h] - b[:, h]))
-            new[h] = np.exp(b[-1, h])[:, None] * state[h] + decayed.T @ v[:, h]
-            continue
-        lower = np.tril(np.ones((len(q), len(q)), bool))
-        difference = np.where(lower, b[:, None, h, 0] - b[None, :, h, 0], -np.inf)
-        weights = bf16((q[:, h] @ k[:, h].T) * (scale * np.exp(difference)))
-        carried = (q[:, h] @ bf16(state[h])) * scale * np.exp(b[:, h])
-        o[:, h] = weights @ v[:, h] + carried
+
+        def pairs(rows, h=h):
+            if per_channel:
+                return channel_weights(rows, k[:, h], g[:, h], first)
+            difference = np.where(lower, b[:, None, h, 0] - b[None, :, h, 0], -np.inf)
+            return (rows @ k[:, h].T) * np.exp(difference)
+
+        def read(rows, h=h):
+            if per_channel:
+                return bf16(rows * np.exp(b[:, h])) @ bf16(state[h])
+            return (rows @ bf16(state[h])) * np.exp(b[:, h])
+
+        u = v[:, h]
+        if beta is not None:
+            strength = beta[:, h, None]
+            inverse = np.linalg.inv(np.eye(len(q)) + strength * np.tril(pairs(k[:, h]), -1))
+            u = bf16(bf16(inverse) @ bf16(strength * (u - read(k[:, h]))))
+        o[:, h] = late * (bf16(early * pairs(q[:, h])) @ u + early * read(q[:, h]))
         decayed = bf16(k[:, h] * np.exp(b[-1, h] - b[:, h]))
-        new[h] = np.exp(b[-1, h]) * state[h] + decayed.T @ v[:, h]
+        new[h] = np.exp(b[-1, h])[:, None] * state[h] + decayed.T @ u
     return o, new
 
 

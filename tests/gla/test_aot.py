@@ -29,13 +29,14 @@ class Shape:
     state: jnp.dtype = F32
     per_token: bool = False
     per_channel: bool = False
+    delta: bool = False
     batch_invariant: bool = False
     heads_per_group: int = 0  # norm, rope and gate are fused
 
     def call(self):
         """The function on flat rows, as a model's projections leave them, and its shapes."""
 
-        def fn(q, k, v, pool, slots, cu, known, g, around):
+        def fn(q, k, v, pool, slots, cu, known, g, around, beta):
             g = g.reshape(self.tokens, self.heads, self.key_dim) if self.per_channel else g
             q, k = (x.reshape(self.tokens, self.qk_heads, self.key_dim) for x in (q, k))
             v = v.reshape(self.tokens, self.heads, self.value_dim)
@@ -44,7 +45,8 @@ class Shape:
                 gate = around[1].gate.reshape(v.shape)
                 options["prologue"] = around[0]
                 options["epilogue"] = dataclasses.replace(around[1], gate=gate)
-            o, pool = gla.gla(q, k, v, pool, slots, cu, known, decay=oracle.decay_of(g), **options)
+            gates = {"decay": oracle.decay_of(g), "beta": beta}
+            o, pool = gla.gla(q, k, v, pool, slots, cu, known, **gates, **options)
             return o.reshape(self.tokens, -1), pool
 
         def array(*shape, dtype=jnp.int32):
@@ -64,7 +66,8 @@ class Shape:
             gla.NormGate(weight, vo, self.heads_per_group),
         )
         around = around if self.heads_per_group else ()
-        args = (qk, qk, vo, pool, *scalars, array(*g, dtype=F32), around)
+        beta = array(self.tokens, self.heads, dtype=F32) if self.delta else None
+        args = (qk, qk, vo, pool, *scalars, array(*g, dtype=F32), around, beta)
         return jax.jit(fn, donate_argnums=3), args
 
 
@@ -75,6 +78,15 @@ OPTIONS = {
     "per channel, dims 64": Shape(per_channel=True, qk_heads=3, heads=3, key_dim=64, value_dim=64),
     "per channel, grouped, batch invariant": Shape(
         per_channel=True, qk_heads=2, heads=8, key_dim=256, batch_invariant=True
+    ),
+    "delta": Shape(delta=True),
+    "delta per token": Shape(delta=True, per_token=True, state=BF16),
+    "delta per token, dims 64 and 256": Shape(
+        delta=True, per_token=True, qk_heads=3, heads=3, key_dim=64, value_dim=256
+    ),
+    "delta per channel": Shape(delta=True, per_channel=True),
+    "delta per channel, f32, grouped, batch invariant": Shape(
+        delta=True, per_channel=True, qk_heads=2, heads=4, dtype=F32, batch_invariant=True
     ),
     "f32": Shape(dtype=F32),
     "f32 per token": Shape(dtype=F32, per_token=True),
@@ -116,6 +128,8 @@ PRODUCTION = {
     "1t step, fused": Shape(2048, 32, 16, 16, heads_per_group=8),
     "1t decode, fused": Shape(64, 64, 16, 16, heads_per_group=8),
     "step per channel": Shape(2048, 32, 16, 16, per_channel=True),
+    "step of the delta rule": Shape(2048, 32, 16, 16, per_token=True, delta=True),
+    "step of KDA": Shape(2048, 32, 16, 16, per_channel=True, delta=True),
 }
 
 
@@ -133,7 +147,7 @@ def test_production_shapes_compile_without_copies(name, chip):
     fn, args = shape.call()
     compiled = aot.compile_for(fn, *args, chip=chip)
     assert compiled.kernels
-    if not shape.per_token:  # whose [tokens, heads] decays are laid out anew
+    if not shape.per_token and not shape.delta:  # whose [tokens, heads] decays are laid out anew
         # nothing of the size of an operand; cosines and sines are put side by side
         assert compiled.temp_bytes < 2**20 + 8 * 128 * shape.tokens * bool(shape.heads_per_group)
         limit = 550_000 if chip == "tpu7x" else 700_000
@@ -169,6 +183,6 @@ def test_counted_chunks_are_the_kernels(row):
 
 def as_gla(args):
     """Arguments of `problem_of` for the flat arrays of a case."""
-    q, k, v, pool, slots, cu, known, g, _ = args
+    q, k, v, pool, slots, cu, known, g, *_ = args
     flat = [jax.ShapeDtypeStruct((x.shape[0], 16, 128), x.dtype) for x in (q, k, v)]
     return *flat, pool, slots, cu, known, gla.HeadDecay(g), False

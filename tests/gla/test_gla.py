@@ -27,10 +27,10 @@ def compiled(mode, plan, batch_invariant, scale):
 
     @jax.jit
     def kernel(*args, **more):
-        *rest, g = args
+        *rest, g, beta = args
         decay = oracle.decay_of(g)
         options = {"plan": plan, "batch_invariant": batch_invariant, "scale": scale} | more
-        return gla.gla(*rest, decay=decay, implementation="interpret", **options)
+        return gla.gla(*rest, decay=decay, beta=beta, implementation="interpret", **options)
 
     return kernel
 
@@ -39,7 +39,7 @@ def run(batch, mode=LATE, plan=PLAN, batch_invariant=False, scale=None, **more):
     """Output and pool of the kernel under the strict harness, as numpy arrays."""
     kernel = compiled(mode, plan, batch_invariant, scale)
     with interpret.strict(mode):
-        o, pool = kernel(*batch.args(), jnp.asarray(batch.g), **more)
+        o, pool = kernel(*batch.args(), jnp.asarray(batch.g), batch.strength, **more)
         return np.asarray(o), np.asarray(pool)
 
 
@@ -164,6 +164,7 @@ def test_the_last_of_repeated_slots_is_kept():
 def embed(batch, before, after, seed, slot):
     """The first request of `batch` behind other requests, and in front of more."""
     kind = {"per_token": batch.g.ndim == 2, "per_channel": batch.g.ndim == 3}
+    kind["delta"] = batch.beta is not None
     other = oracle.random_batch(seed, [*before, len(batch.q), *after], **kind)
     row = sum(before)
     part = slice(row, row + len(batch.q))
@@ -172,6 +173,8 @@ def embed(batch, before, after, seed, slot):
     n = len(before)
     other.known[n] = batch.known[0]
     other.pool[other.slots[n]] = batch.pool[batch.slots[0]]
+    if batch.beta is not None:
+        other.beta[part] = batch.beta
     if batch.g.ndim > 1:
         other.g[part] = batch.g
     else:
