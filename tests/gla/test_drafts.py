@@ -14,23 +14,29 @@ from hypothesis import strategies as st
 import gla
 from reference import gla as base
 from reference import gla_drafts as reference
-from tests.gla import drafts_oracle, oracle
-from tests.gla.test_gla import EAGER, FLIPS, LATE, PLAN, STATE_A, run
+from tests.gla import drafts_oracle, oracle, test_gla
+from tests.gla.test_gla import EAGER, FLIPS, LATE, STATE_A
 from tpukit import interpret
 from tpukit.errors import UnsupportedError
 
 LENGTHS = (4, 1, 7, 40, 1, 30, 13)
 DRAFT = (True, False, True, False, True, True, False)
 NONE = -1
+PLAN = gla.Plan(heads=1, interleave=1)
 
 
 def mixed(seed, *, per_token=False, tree=True, lengths=LENGTHS, **options):
     """A batch, words and drafts of it."""
-    options = {"dtype": np.float32, "known": [True] * len(lengths)} | options
+    one = {"dtype": np.float32, "known": [True] * len(lengths), "heads": 1, "qk_heads": 1}
+    options = one | options
     batch = oracle.random_batch(seed, lengths, per_token=per_token, **options)
     rng = np.random.default_rng(seed)
     words = drafts_oracle.random_words(rng, lengths, len(batch.q)) if tree else None
     return batch, words
+
+
+def run(batch, mode=LATE, plan=PLAN, **options):
+    return test_gla.run(batch, mode, plan, **options)
 
 
 def arrays(draft, words=None):
@@ -71,7 +77,7 @@ def test_bf16(tree):
 def test_chains_with_a_decay_per_key_channel():
     batch, words = mixed(12, per_channel=True, lengths=(4, 1, 20, 3))
     draft, rows, slots = [True, True, False, True], [1, 15, 27], [batch.slots[0], 0, 5]
-    plan = gla.Plan(heads=2, interleave=1, window=32)
+    plan = gla.Plan(heads=1, interleave=1, window=32)
     o, pool = run(batch, plan=plan, drafts=arrays(draft), snapshots=wanted(rows, slots))
     exact, states = drafts_oracle.run(batch, draft, None, (rows, slots))
     assert oracle.error(o, exact) < 3e-6 and oracle.error(pool, states) < 3e-6
@@ -85,8 +91,7 @@ def test_chains_with_a_decay_per_key_channel():
 def test_more_than_64_drafts_are_a_chain():
     lengths = (64, 70)
     batch, words = mixed(3, lengths=lengths)
-    plan = gla.Plan(heads=1, interleave=1)
-    o, pool = run(batch, plan=plan, drafts=arrays([True] * 2, words))
+    o, pool = run(batch, drafts=arrays([True] * 2, words))
     exact, _ = drafts_oracle.run(batch, [True] * 2, words)
     assert oracle.error(o, exact, axis=(1, 2)) < 1e-5
     assert oracle.same_bits(pool, batch.pool)
@@ -202,7 +207,7 @@ def test_a_chain_may_leave_its_accepted_part_in_its_own_slot():
 
 def test_batch_invariant_snapshots_are_requests_that_end_there_and_resume():
     batch, _ = mixed(11, tree=False, lengths=(100, 0), known=[True, True], slots=[1, 2])
-    options = {"batch_invariant": True, "plan": gla.Plan(heads=2, interleave=2, window=32)}
+    options = {"batch_invariant": True, "plan": gla.Plan(heads=1, interleave=1, window=32)}
     o, pool = run(batch, snapshots=wanted([40], [3]), **options)
     parts = dataclasses.replace(batch, cu=np.array([0, 41, 100], np.int32), pool=batch.pool.copy())
     parts.pool[2] = pool[3]
@@ -215,7 +220,7 @@ SMALL = gla.Plan(heads=1, interleave=1, window=128, inputs=2, states=2, lookahea
 
 
 def test_races_and_both_dma_modes():
-    batch, words = mixed(7, per_token=True)
+    batch, words = mixed(7, per_token=True, qk_heads=2, heads=2)
     rows, slots = [4, 20, 30, 90, 95], [8, 0, 9, batch.slots[1], 8]
     options = {"drafts": arrays(DRAFT, words), "snapshots": wanted(rows, slots), "plan": SMALL}
     late, eager = run(batch, LATE, **options), run(batch, EAGER, **options)
