@@ -2,6 +2,7 @@
 
 from gla.api import SUPPORTED_CHIPS, explain, gla, gla_batch, supports
 from gla.decay import fla_decay, ling_decay
+from gla.parallel import context_parallel_gla
 from gla.plan import Explanation, Plan
 from gla.short_conv import short_conv
 from gla.states import commit, copy_slots
@@ -21,6 +22,7 @@ __all__ = [
     "Snapshots",
     "TokenDecay",
     "commit",
+    "context_parallel_gla",
     "copy_slots",
     "explain",
     "fla_decay",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -9,17 +10,17 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from gla import fusions
+from gla.fallback import by_reference
+from gla.gradient import Arrays, Rows, differentiable
 from gla.kernel import gla_kernel
-from gla.plan import DIMS, DTYPES, Explanation, Plan, Problem, plan_for
+from gla.plan import DIMS, DTYPES, Explanation, Plan, Problem, fits, plan_for
 from gla.plumbing import Operands
 from gla.schedule import DRAFTS, RESUMES, ROWS, Batch
 from gla.tables import LANES
-from gla.values import all_rules
-from reference import gla as reference
-from reference import gla_drafts
+from gla.values import all_rules, check_scale, form_of
 from reference.gla import ChannelDecay, Decay, HeadDecay, TokenDecay
 from reference.gla_drafts import Drafts, Snapshots
-from reference.gla_norm import NormGate, NormRope, norm_gate, norm_rope
+from reference.gla_norm import NormGate, NormRope
 from tpukit import checks
 from tpukit.chips import Chip, current_chip
 from tpukit.chips import chip as chip_named
@@ -50,6 +51,7 @@ def gla(  # noqa: PLR0913  (each by its name)
     snapshots: Snapshots | None = None,
     prologue: NormRope | None = None,
     epilogue: NormGate | None = None,
+    reverse: bool = False,
     batch_invariant: bool = False,
     implementation: Implementation = "auto",
     plan: Plan | None = None,
@@ -93,6 +95,7 @@ def gla(  # noqa: PLR0913  (each by its name)
         the call, rounding included; key_dim 128. `commit` takes the k that it makes.
       epilogue: the output is normed and gated on its way out, as `gla.norm_gate` would do after
         the call, rounding included.
+      reverse: time runs from a request's last row to its first, whose state is kept.
       batch_invariant: no bit of a request's result may depend on the rest of the batch. Otherwise
         rounding also depends on the request's first row modulo 16. Costs an eighth of prefill.
         Chunks end at snapshots, so a request's snapshots round its result; then each is, to the
@@ -105,18 +108,18 @@ def gla(  # noqa: PLR0913  (each by its name)
       validate: check values as well (eager calls only): slots, duplicates, bounds, decays.
 
     Returns:
-      o [tokens, heads, value_dim] in the dtype of v, and the new pool.
+      o [tokens, heads, value_dim] in the dtype of v, and the new pool; gradients: `gla.gradient`.
 
     Raises:
       ArgumentError: an argument that can never work: what it was, what it needs.
       UnsupportedError: valid, but not on this machine or chip.
-
     Source: Lightning Attention-2 (arXiv 2401.04658), GLA (arXiv 2312.06635), Mamba-2 (2405.21060),
       Gated DeltaNet (2412.06464), Kimi Linear (2510.26692).
     """
     batch, more = (slot_ids, cu_seqlens, has_state), {"drafts": drafts, "snapshots": snapshots}
-    named = {"beta": beta, "prologue": prologue, "epilogue": epilogue}
-    problem = problem_of(q, k, v, state_pool, *batch, decay, batch_invariant, **more, **named)
+    fused = {"beta": beta, "prologue": prologue, "epilogue": epilogue}
+    problem = problem_of(q, k, v, state_pool, *batch, decay, batch_invariant, **more, **fused)
+    problem = dataclasses.replace(problem, form=form_of(reverse, drafts, snapshots))
     checks.check_choice("gla", "implementation", implementation, get_args(Implementation))
     scale = check_scale(scale, problem.key_dim)
     if validate:
@@ -124,16 +127,14 @@ def gla(  # noqa: PLR0913  (each by its name)
         checks.raise_if_bad("gla", rules + fusions.value_rules(prologue, epilogue))
     chosen, target = choose(implementation, problem, plan)
     if chosen == "reference":
-        options = {"decay": decay, "beta": beta, "scale": scale, "run": reference.chunked} | more
-        q, k = (q, k) if prologue is None else norm_rope(q, k, prologue)
-        o, pool = gla_drafts.gla(q, k, v, state_pool, *batch, **options)
-        return (o if epilogue is None else norm_gate(o, epilogue)), pool
-    plan = plan_for(problem, target, plan).plan
+        options = {"decay": decay, "beta": beta, "scale": scale, "reverse": bool(reverse)} | more
+        return by_reference(prologue, epilogue, q, k, v, state_pool, *batch, **options)
+    plan_for(problem, target, plan)
     if not problem.any_work:
         return jnp.zeros_like(v), state_pool
     around = fusions.operands(prologue, epilogue, problem.num_tokens)
-    call = Call((q, k, v, state_pool), batch, decay, drafts, snapshots, around, beta)
-    return launch(call, problem, plan, scale, chosen)
+    arrays, rows = Arrays(q, k, v, state_pool), Rows(*batch, drafts, snapshots, around, beta)
+    return differentiable(Kernel(target, plan, scale, chosen), problem, arrays, rows, decay)
 
 
 def gla_batch(
@@ -145,6 +146,7 @@ def gla_batch(
     beta: jax.Array | None = None,
     scale: float | None = None,
     initial_state: jax.Array | None = None,
+    reverse: bool = False,
     batch_invariant: bool = False,
     implementation: Implementation = "auto",
     plan: Plan | None = None,
@@ -159,7 +161,7 @@ def gla_batch(
       beta: [batch, time, heads].
       scale: of the output, key_dim ** -0.5 by default.
       initial_state: [batch, heads, key_dim, value_dim], zero by default.
-      batch_invariant, implementation, plan: as in `gla`.
+      reverse, batch_invariant, implementation, plan: as in `gla`.
 
     Returns:
       o [batch, time, heads, value_dim] and the final state [batch, heads, key_dim, value_dim] in
@@ -196,6 +198,7 @@ def gla_batch(
         decay=decay,
         beta=beta,
         scale=scale,
+        reverse=reverse,
         batch_invariant=batch_invariant,
         implementation=implementation,
         plan=plan,
@@ -372,25 +375,6 @@ def check_words(
         checks.check_choice(where, f"words of {argument}", words.shape[1], (1, 2))
 
 
-def check_scale(scale: float | None, key_dim: int) -> float:
-    """The scale as a finite Python number.
-
-    Raises:
-      ArgumentError: it is something else.
-    """
-    if scale is None:
-        return key_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 1e30:
-        raise ArgumentError(
-            where="gla",
-            argument="scale",
-            got=f"is {scale!r}",
-            expected="a finite Python number or None",
-            advice="Multiply q or the output by an array instead.",
-        )
-    return float(scale)
-
-
 def choose(
     implementation: Implementation, problem: Problem, plan: Plan | None
 ) -> tuple[Implementation, Chip]:
@@ -445,6 +429,33 @@ class Call(NamedTuple):
             cu_seqlens = jnp.minimum(cu_seqlens, num_tokens)
             rows = None if rows is None else jnp.where(rows < num_tokens, rows, -1)
         return Batch(slot_ids, cu_seqlens, flags, rows, slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The kernel with everything that does not depend on the problem.
+
+    Attributes:
+      chip: to plan for.
+      plan: block sizes for every problem for which they are legal; the tuned ones for others.
+      scale: of the output.
+      chosen: "pallas" or "interpret".
+    """
+
+    chip: Chip
+    plan: Plan | None
+    scale: float
+    chosen: Implementation
+
+    def __call__(
+        self, problem: Problem, arrays: Arrays, rows: Rows, decay: Decay
+    ) -> tuple[jax.Array, jax.Array]:
+        """O and the new pool."""
+        mine = self.plan is not None and fits(problem, self.plan, self.chip)
+        plan = plan_for(problem, self.chip, self.plan if mine else None).plan
+        batch = (rows.slot_ids, rows.cu_seqlens, rows.has_state)
+        call = Call(arrays, batch, decay, rows.drafts, rows.snapshots, rows.around, rows.beta)
+        return launch(call, problem, plan, self.scale, self.chosen)
 
 
 def launch(

@@ -9,6 +9,7 @@ a group that two items share waits in VMEM until the second has filled it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ from gla.schedule import (
 from gla.shift import shift_rows
 from gla.tables import ChannelTables, ConstantTables, iota, spread
 from reference.gla import clip_log_decay
+from tpukit.manual import manual_axes
 
 Ref = Any
 DONE = object()
@@ -124,7 +126,9 @@ class Walk(Plumbing):
             @pl.when(kind & SKIP != 0)
             def _() -> None:
                 slot = self.outputs.slot(item)
-                self.vmem.o[slot] = jnp.zeros(self.vmem.o.shape[1:], self.problem.dtype)
+                self.vmem.o[slot] = jnp.zeros(self.vmem.o.shape[1:], self.vmem.o.dtype)
+
+        if self.problem.limits(self.plan).runs:
 
             @pl.when(kind & RUN != 0)
             def _() -> None:
@@ -191,7 +195,7 @@ class Walk(Plumbing):
             self.stores.start(request)
 
         lax.fori_loop(0, self.schedule.rows[item], token, None)
-        self.vmem.o[self.outputs.slot(item), group] = unstage(staged).astype(self.problem.dtype)
+        self.vmem.o[self.outputs.slot(item), group] = unstage(staged).astype(self.vmem.o.dtype)
 
     def decode(self, state: Ref, slot: jax.Array, row: jax.Array) -> None:
         """One token through all heads of the block."""
@@ -412,29 +416,10 @@ class Walk(Plumbing):
             if new is not None:
                 state[h] = new
 
-    def join(self, item: jax.Array) -> None:
-        """Takes the rows before the item's first from the window of the item before."""
-        begin, slot = self.begin(item), self.outputs.slot(item)
-
-        @pl.when(begin > 0)
-        def _() -> None:
-            shared = pl.ds(pl.multiple_of(self.complete(item - 1), ROWS), ROWS)
-            earlier = self.vmem.o[self.outputs.slot(item - 1), shared].astype(jnp.float32)
-            window = self.vmem.o.at[slot, pl.ds(0, ROWS)]
-            own = window[...].astype(jnp.float32)
-            joined = jnp.where(iota(own.shape, 0) < begin, earlier, own)
-            window[...] = joined.astype(self.problem.dtype)
-
 
 def repeat(times: int, action: Callable[[jax.Array], None]) -> None:
     """action(0), ..., action(times - 1), as a loop of the kernel."""
     lax.fori_loop(0, times, lambda i, _: action(i), None)
-
-
-def like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    """The shape of an output that varies over the same manual mesh axes as x."""
-    axes = jax.typeof(x).manual_axis_type
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes)
 
 
 def gla_kernel(
@@ -457,6 +442,8 @@ def gla_kernel(
       interpret: parameters of interpretation, or False.
     """
     scalars, blocks = len([x for x in batch if x is not None]), problem.heads // plan.heads
+    axes = manual_axes(*jax.tree.leaves((batch, operands)))
+    like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=axes)
     if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
         pinned = jax.tree.map(
             lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM) if x.ndim > 1 else x,
@@ -475,10 +462,13 @@ def gla_kernel(
     in_specs = in_specs._replace(around=fusions.specs(operands.around, blocks))
     if not problem.per_token:
         in_specs = in_specs._replace(log_decay=pl.BlockSpec(memory_space=pltpu.SMEM))
-    shapes = Results(like(operands.v) if problem.outputs else None, like(operands.pool))
+    o, pool = operands.v.shape, operands.pool
+    shapes = Results(
+        like(o, problem.o_dtype) if problem.outputs else None, like(pool.shape, pool.dtype)
+    )
     return pl.pallas_call(
         body,
-        name="gla",
+        name="gla_late" if problem.form.late else "gla",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=scalars,
             grid=(blocks,),

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gla.schedule import MAX_DRAFTS, ROWS, Limits, Schedule
+from gla.schedule import FORWARD, MAX_DRAFTS, ROWS, Form, Limits, Schedule
 from tpukit import tuning
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
@@ -59,6 +59,8 @@ class Problem:
       drafts, tree: requests may be drafts; and have words of ancestors.
       num_snapshots: states wanted in other slots.
       prologue, epilogue: what is done to q and k before and to o after.
+      form: the direction of time, and where decays apply.
+      out_dtype: of the output, if not that of v.
     """
 
     num_tokens: int
@@ -80,6 +82,8 @@ class Problem:
     num_snapshots: int = 0
     prologue: Prologue | None = None
     epilogue: Epilogue | None = None
+    form: Form = FORWARD
+    out_dtype: jnp.dtype | None = None
 
     def limits(self, plan: Plan) -> Limits:
         """What the schedule depends on."""
@@ -88,16 +92,22 @@ class Problem:
             self.num_slots,
             plan.window,
             self.batch_invariant,
-            self.outputs,
+            self.outputs and self.form == FORWARD,
             self.drafts,
             self.tree,
             self.num_snapshots,
+            self.form.reverse,
         )
 
     @property
     def any_work(self) -> bool:
         """Whether there is anything for the kernel to do."""
         return min(self.num_tokens, self.num_requests, self.num_slots) > 0
+
+    @property
+    def o_dtype(self) -> jnp.dtype:
+        """Type of the output."""
+        return self.out_dtype or self.dtype
 
     @property
     def shifted(self) -> bool:
@@ -187,7 +197,7 @@ def vmem_bytes(problem: Problem, plan: Plan) -> int:
     rows = padded((w, qk), problem.dtype) + padded((w, vo), problem.dtype)
     if problem.outputs:
         rows += padded((w, qk), problem.dtype)
-        total = OUTPUTS * padded((w, vo), problem.dtype)
+        total = OUTPUTS * padded((w, vo), problem.o_dtype)
         total += padded((h // problem.group, problem.key_dim, LANES), jnp.float32)
         total += 2 * padded((h, ROWS, problem.value_dim), jnp.float32)
     else:
@@ -213,7 +223,8 @@ def vmem_bytes(problem: Problem, plan: Plan) -> int:
         total += sum(padded((4 * size, terms * size), problem.dtype) for size in plan.windows)
         return total + plan.inputs * padded((w, h * problem.key_dim), jnp.float32)
     if problem.per_token:
-        return total + (plan.inputs + 1) * padded((w, h), jnp.float32) + padded((h, w), jnp.float32)
+        total += plan.inputs * padded((w, h), jnp.float32) + padded((w + 8, h), jnp.float32)
+        return total + padded((h, w), jnp.float32)
     return (
         total + padded((h, w, w), jnp.float32) + padded((h, 3 * w + 2 * ROWS, LANES), jnp.float32)
     )
@@ -394,6 +405,14 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
             place=chip.name,
             why=f"the kernel turns lanes within one register of {LANES}",
             advice="Apply gla.norm_rope before the call.",
+        )
+    if (problem.per_channel or problem.delta) and problem.form != FORWARD:
+        raise UnsupportedError(
+            where="gla",
+            what="reverse=True with a ChannelDecay or beta",
+            place=chip.name,
+            why="the kernel takes those forward in time only",
+            advice="Flip the arrays, or use implementation='reference'.",
         )
     words = scalars(problem, plan or Plan(problem.heads))
     if words > MAX_SCALARS:

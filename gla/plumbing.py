@@ -14,7 +14,7 @@ from gla.fusions import Around, Windows
 from gla.plan import OUTPUTS, Plan, Problem
 from gla.recurrent import Staged
 from gla.schedule import ROWS, SKIP, VERIFY, Batch, Schedule, group_start, in_group
-from gla.tables import LANES, ChannelTables, ConstantTables, TokenTables
+from gla.tables import LANES, ChannelTables, ConstantTables, TokenTables, iota
 from gla.tree import Tree
 from tpukit.buffers import Index, Stream
 
@@ -84,7 +84,7 @@ class Scratch(NamedTuple):
             q=pltpu.VMEM((plan.inputs, *qk), problem.dtype) if problem.outputs else None,
             k=pltpu.VMEM((plan.inputs, *qk), problem.dtype),
             v=pltpu.VMEM((plan.inputs, *vo), problem.dtype),
-            o=pltpu.VMEM((OUTPUTS, *vo), problem.dtype) if problem.outputs else None,
+            o=pltpu.VMEM((OUTPUTS, *vo), problem.o_dtype) if problem.outputs else None,
             states=pltpu.VMEM((plan.states, *state), problem.state_dtype),
             carry=pltpu.VMEM(state if narrow else (1, 8, 128), jnp.float32),
             snapshots=pltpu.VMEM((2, *state), problem.state_dtype) if wanted else None,
@@ -123,9 +123,9 @@ class Plumbing:
             return ChannelTables(steps, tuple(sums))
         if self.problem.per_token:
             steps, sums, columns = self.vmem.tables
-            return TokenTables(steps, sums, columns, self.early_scale)
+            return TokenTables(steps, sums, columns, self.early_scale, self.problem.form)
         within, rising, falling = self.vmem.tables
-        return ConstantTables(within, rising, falling)
+        return ConstantTables(within, rising, falling, self.problem.form)
 
     @property
     def early_scale(self) -> float:
@@ -166,9 +166,9 @@ class Plumbing:
             return pl.ds(0, width)
         return pl.ds(pl.multiple_of(self.block * width, LANES), width)
 
-    def rows(self, item: Index, count: jax.Array) -> Any:
-        """`count` rows of HBM from the item's first group; both multiples of ROWS."""
-        base = group_start(self.schedule.row[item])
+    def rows(self, item: Index, count: jax.Array, first: jax.Array | int = 0) -> Any:
+        """`count` rows of HBM from row `first` of the item's window; both multiples of ROWS."""
+        base = group_start(self.schedule.row[item]) + first
         return pl.ds(pl.multiple_of(base, ROWS), pl.multiple_of(count, ROWS))
 
     @property
@@ -225,16 +225,42 @@ class Plumbing:
         """Per item: the groups of o that it completes."""
 
         def copies(item: Index, slot: jax.Array) -> list[Any]:
-            rows = self.rows(item, self.complete(item))
+            first, count = self.complete(item)
+            rows = self.rows(item, count, first)
             part = self.results.o.at[rows, self.lanes(self.vmem.o.shape[2])]
-            window = self.vmem.o.at[slot, pl.ds(0, rows.size)]
+            window = self.vmem.o.at[slot, pl.ds(pl.multiple_of(first, ROWS), rows.size)]
             return [pltpu.make_async_copy(window, part, self.vmem.output_sems.at[slot])]
 
-        return Stream(copies, OUTPUTS, lambda item: (item >= 0) & (self.complete(item) > 0))
+        return Stream(copies, OUTPUTS, lambda item: (item >= 0) & (self.complete(item)[1] > 0))
 
-    def complete(self, item: Index) -> jax.Array:
-        """Rows of the window up to the last whole group."""
-        return group_start(self.end(jnp.maximum(item, 0)))
+    def complete(self, item: Index) -> tuple[jax.Array, jax.Array]:
+        """First row and rows of the window's groups that need no item after this one."""
+        item = jnp.maximum(item, 0)
+        if not self.problem.form.reverse:
+            return jnp.int32(0), group_start(self.end(item))
+        first = group_start(self.begin(item) + ROWS - 1)
+        return first, group_start(self.end(item) + ROWS - 1) - first
+
+    def join(self, item: jax.Array) -> None:
+        """Takes the other rows of the group that is shared with the item before."""
+        slot = self.outputs.slot(item)
+        if self.problem.form.reverse:  # its last group is the first of the other window
+            bound, mine = in_group(self.end(item)), group_start(self.end(item))
+            theirs = jnp.int32(0)
+        else:
+            bound, mine = self.begin(item), jnp.int32(0)
+            theirs = group_start(self.end(jnp.maximum(item - 1, 0)))
+
+        @pl.when(bound > 0)
+        def _() -> None:
+            other = self.outputs.slot(item - 1)
+            earlier = self.vmem.o[other, pl.ds(pl.multiple_of(theirs, ROWS), ROWS)]
+            window = self.vmem.o.at[slot, pl.ds(pl.multiple_of(mine, ROWS), ROWS)]
+            lower, upper = earlier.astype(jnp.float32), window[...].astype(jnp.float32)
+            if self.problem.form.reverse:
+                lower, upper = upper, lower
+            joined = jnp.where(iota(lower.shape, 0) < bound, lower, upper)
+            window[...] = joined.astype(window.dtype)
 
     def state(self, slot: jax.Array) -> Ref:
         """This block's heads of a slot of the pool."""

@@ -13,7 +13,8 @@ A request is also cut after every row whose state is wanted as a snapshot; each 
 a request started there. A request of drafts has no state to store; where it, or its last part, fits
 one window, its item only reads the state.
 
-The list is made by the kernel itself, on the scalar core, from the caller's arrays.
+The list is made by the kernel itself, on the scalar core, from the caller's arrays. Where time runs
+backwards, so does the list: the same items, the last one first.
 """
 
 from __future__ import annotations
@@ -48,6 +49,32 @@ def in_group(row: jax.Array) -> jax.Array:
 def group_start(row: jax.Array) -> jax.Array:
     """First row of the aligned group of a row."""
     return row & -ROWS
+
+
+class Form(NamedTuple):
+    """Which of four recurrences; the late ones are the adjoints of the others, backwards.
+
+    Attributes:
+      reverse: time runs from a request's last token to its first.
+      late: a token's decay applies after it is read, and its scale belongs to the update:
+        o_t = q_t (S + scale k_t^T v_t), S' = e^(g_t) (S + scale k_t^T v_t).
+    """
+
+    reverse: bool = False
+    late: bool = False
+
+    @property
+    def short(self) -> bool:
+        """Whether the first token of a chunk, in order of rows, does not decay what is read."""
+        return self.reverse != self.late
+
+    @property
+    def adjoint(self) -> Form:
+        """The form of cotangents."""
+        return Form(not self.reverse, not self.late)
+
+
+FORWARD = Form()
 
 
 class Batch(NamedTuple):
@@ -127,6 +154,7 @@ class Limits(NamedTuple):
     drafts: bool = False  # requests may be drafts
     tree: bool = False  # whose tokens have words of ancestors
     num_snapshots: int = 0
+    reverse: bool = False  # the last item comes first
 
     @property
     def chunk(self) -> int:
@@ -179,6 +207,34 @@ def list_items(batch: Batch, schedule: Schedule, limits: Limits) -> None:
     lax.fori_loop(0, at.requests, keep, None)
     if limits.num_snapshots:
         keep_snapshots(batch, schedule)
+    if limits.reverse:
+        turn_around(schedule)
+
+
+def turn_around(schedule: Schedule) -> None:
+    """Puts items and requests into the opposite order."""
+    items, requests = schedule.counts[0], schedule.counts[1]
+
+    def exchange(ref: Ref, i: jax.Array, count: jax.Array, change: Any = lambda x: x) -> None:
+        j = count - 1 - i
+        ref[i], ref[j] = change(ref[j]), change(ref[i])
+
+    def other_end(kind: jax.Array) -> jax.Array:
+        first, last = kind & FIRST, kind & LAST
+        return kind - first - last + first * (LAST // FIRST) + last // (LAST // FIRST)
+
+    def item(i: jax.Array, _: None) -> None:
+        exchange(schedule.row, i, items)
+        exchange(schedule.rows, i, items)
+        exchange(schedule.request, i, items, lambda r: requests - 1 - r)
+        exchange(schedule.kind, i, items, other_end)
+
+    def request(r: jax.Array, _: None) -> None:
+        exchange(schedule.load, r, requests)
+        exchange(schedule.store, r, requests)
+
+    lax.fori_loop(0, (items + 1) // 2, item, None)
+    lax.fori_loop(0, (requests + 1) // 2, request, None)
 
 
 def whole_request(batch: Batch, limits: Limits, n: jax.Array) -> Segment:

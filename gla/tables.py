@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gla import channel
 from gla.chunk import Decays, iota
 from gla.plan import Plan, Problem
-from gla.schedule import ROWS
+from gla.schedule import ROWS, Form
 from reference.gla import clip_log_decay
 
 Ref = Any
@@ -42,14 +42,17 @@ class ConstantTables:
     """Powers of each head's decay, the same in all lanes; W = plan.window, h = plan.heads.
 
     Attributes:
-      within: [h, W, W] scale * e^(g (i - j)) for j <= i, else 0.
+      within: [h, W, W] scale * e^(g (i - j)) for j <= i, else 0; transposed if time is reversed.
       rising: [h, 2 ROWS + W, LANES] row ROWS + n holds scale * e^(g n) for n >= 0, else 0.
       falling: [h, 2 W, LANES] row W - n holds e^(g n) for n >= 0, else 0.
+      form: of the recurrence; one that is reversed or late, but not both, has the scale in
+        `falling`, and its sums of decays leave out that of row i or j itself.
     """
 
     within: Ref
     rising: Ref
     falling: Ref
+    form: Form
 
     @staticmethod
     def shapes(problem: Problem, plan: Plan) -> list[Any]:
@@ -68,9 +71,11 @@ class ConstantTables:
         def fill(h: jax.Array, _: None) -> None:
             g = clip_log_decay(log_decay[block * heads + h])
             square = (window, window)
-            self.within[h] = scale * power(g, iota(square, 0) - iota(square, 1))
-            self.rising[h] = scale * power(g, iota(self.rising.shape[1:], 0) - ROWS)
-            self.falling[h] = power(g, window - iota(self.falling.shape[1:], 0))
+            reader = int(self.form.reverse)
+            self.within[h] = scale * power(g, iota(square, reader) - iota(square, 1 - reader))
+            up, down = (1.0, scale) if self.form.short else (scale, 1.0)
+            self.rising[h] = up * power(g, iota(self.rising.shape[1:], 0) - ROWS)
+            self.falling[h] = down * power(g, window - iota(self.falling.shape[1:], 0))
 
         lax.fori_loop(0, heads, fill, None)
 
@@ -97,11 +102,20 @@ class ConstantTables:
         """Factors of head h over a window of `size` rows whose rows [begin, end) are the chunk."""
         window = self.within.shape[1]
         key_dim, value_dim = dims
+        own = 0 if self.form.short else 1
+        since = self.rising[h, pl.ds(ROWS + own - begin, size)]
+        until = self.falling[h, pl.ds(window + own - end, size)]
+        if self.form.short:
+            whole = self.rising[h, pl.ds(ROWS + (end - begin), 1)]
+        else:
+            whole = self.falling[h, pl.ds(window - (end - begin), 1)]
+        if self.form.reverse:
+            since, until = until, since
         return Decays(
             within=self.within[h, :size, :size],
-            since=spread(self.rising[h, pl.ds(ROWS + 1 - begin, size)], value_dim),
-            until=spread(self.falling[h, pl.ds(window + 1 - end, size)], key_dim),
-            whole=spread(self.falling[h, pl.ds(window - (end - begin), 1)], value_dim),
+            since=spread(since, value_dim),
+            until=spread(until, key_dim),
+            whole=spread(whole, value_dim),
         )
 
     def token(self, h: int, slot: jax.Array, row: jax.Array, width: int) -> jax.Array:
@@ -116,15 +130,18 @@ class TokenTables:
 
     Attributes:
       steps: [P, W, h] log decays as fetched.
-      sums: [W, h] sum of the item's log decays up to and including each row.
+      sums: [W + 8, h] sum of the item's log decays up to and including each row, or leaving it out
+        where the form is short; row W has the sum of all.
       columns: [h, W] the same, transposed.
       scale: of the output.
+      form: of the recurrence.
     """
 
     steps: Ref
     sums: Ref
     columns: Ref
     scale: float
+    form: Form
 
     @staticmethod
     def shapes(problem: Problem, plan: Plan) -> list[Any]:
@@ -132,7 +149,7 @@ class TokenTables:
         heads, window = plan.heads, plan.window
         return [
             pltpu.VMEM((plan.inputs, window, heads), jnp.float32),
-            pltpu.VMEM((window, heads), jnp.float32),
+            pltpu.VMEM((window + 8, heads), jnp.float32),
             pltpu.VMEM((heads, window), jnp.float32),
         ]
 
@@ -160,6 +177,10 @@ class TokenTables:
         while step < size:
             total += jnp.where(row >= step, pltpu.roll(total, step, 0), 0.0)
             step *= 2
+        window = self.columns.shape[1]
+        self.sums[window : window + 1] = total[size - 1 : size]
+        if self.form.short:
+            total = jnp.where(row >= 1, pltpu.roll(total, 1, 0), 0.0)
         self.sums[:size] = total
         self.columns[:, :size] = total.T
 
@@ -167,16 +188,25 @@ class TokenTables:
         self, h: int, begin: jax.Array, end: jax.Array, size: int, dims: tuple[int, int]
     ) -> Decays:
         """Factors of head h over a window of `size` rows whose rows [begin, end) are the chunk."""
+        window = self.columns.shape[1]
         key_dim, value_dim = dims
         upto = jnp.broadcast_to(self.sums[:size, h : h + 1], (size, LANES))  # once for all uses
-        last = self.sums[size - 1 : size, h : h + 1]
+        last = self.sums[window : window + 1, h : h + 1]
         square = (size, size)
         distance = spread(upto, size) - self.columns[h : h + 1, :size]
-        distance = jnp.where(iota(square, 0) >= iota(square, 1), distance, -jnp.inf)
+        lower = iota(square, 0) >= iota(square, 1)
+        since, until = jnp.exp(upto), jnp.exp(last - upto)
+        if self.form.reverse:
+            distance, lower = -distance, iota(square, 0) <= iota(square, 1)
+            since, until = until, since
+        if self.form.late:
+            until = self.scale * until
+        else:
+            since = self.scale * since
         return Decays(
-            within=self.scale * jnp.exp(distance),
-            since=spread(self.scale * jnp.exp(upto), value_dim),
-            until=spread(jnp.exp(last - upto), key_dim),
+            within=self.scale * jnp.exp(jnp.where(lower, distance, -jnp.inf)),
+            since=spread(since, value_dim),
+            until=spread(until, key_dim),
             whole=jnp.exp(last),
         )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from gla.schedule import Form
 from reference.gla import Decay, requests
 from reference.gla_drafts import MAX_DRAFTS, Drafts, Snapshots, bits_of, taken_snapshots
 from tpukit import checks
+from tpukit.errors import ArgumentError
 
 
 def value_rules(
@@ -102,3 +104,38 @@ def all_rules(
     if snapshots:
         rules += snapshot_rules(snapshots, batch, drafts, num_slots, num_tokens)
     return rules
+
+
+def form_of(reverse: bool, drafts: Drafts | None, snapshots: Snapshots | None) -> Form:
+    """The form of the recurrence.
+
+    Raises:
+      ArgumentError: it runs backwards with something that is for tokens to come.
+    """
+    if reverse and (drafts is not None or snapshots is not None):
+        raise ArgumentError(
+            where="gla",
+            argument="reverse",
+            got="is True beside drafts or snapshots",
+            expected="False, since those are for tokens to come",
+        )
+    return Form(reverse=bool(reverse))
+
+
+def check_scale(scale: float | None, key_dim: int) -> float:
+    """The scale as a finite Python number.
+
+    Raises:
+      ArgumentError: it is something else.
+    """
+    if scale is None:
+        return key_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 1e30:
+        raise ArgumentError(
+            where="gla",
+            argument="scale",
+            got=f"is {scale!r}",
+            expected="a finite Python number or None",
+            advice="Multiply q or the output by an array instead.",
+        )
+    return float(scale)

@@ -73,8 +73,11 @@ Decay = HeadDecay | TokenDecay | ChannelDecay
 
 
 def clip_log_decay(g: jax.Array) -> jax.Array:
-    """Log decays as they are used: within [MIN_LOG_DECAY, 0], so that no state can grow."""
-    return jnp.clip(g, MIN_LOG_DECAY, 0.0)
+    """Log decays as they are used: within [MIN_LOG_DECAY, 0], so that no state can grow.
+
+    The gradient is 1 between the bounds, and 0 on them and outside.
+    """
+    return lax.clamp(jnp.asarray(MIN_LOG_DECAY, g.dtype), g, jnp.zeros((), g.dtype))
 
 
 class Requests(NamedTuple):
@@ -139,6 +142,7 @@ def recurrent(
     decay: Decay,
     beta: jax.Array | None = None,
     scale: float | None = None,
+    reverse: bool = False,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
     """The definition, token by token.
@@ -154,6 +158,8 @@ def recurrent(
       decay: log decays, clipped to [MIN_LOG_DECAY, 0].
       beta: [tokens, heads] strengths of the delta rule; None for plain gated linear attention.
       scale: of the output, key_dim ** -0.5 by default.
+      reverse: time runs from a request's last row to its first, S_t = a_t S_{t+1} + k_t^T v_t; the
+        final state is that of the first row.
       dtype: of the arithmetic.
 
     Returns:
@@ -184,7 +190,7 @@ def recurrent(
     if slot_ids.shape[0] and num_tokens:
         strength = None if beta is None else beta.astype(dtype)
         tokens: Any = (q, k, v.astype(dtype), g, strength, owner, owned)
-        states, o = lax.scan(step, states, tokens)
+        states, o = lax.scan(step, states, tokens, reverse=reverse)
     else:
         o = jnp.zeros(v.shape, dtype)
     pool = state_pool.at[reqs.store].set(states.astype(state_pool.dtype), mode="drop")
@@ -203,6 +209,7 @@ def chunked(
     decay: Decay,
     beta: jax.Array | None = None,
     scale: float | None = None,
+    reverse: bool = False,
     chunk: int = 64,
     operands: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
@@ -237,6 +244,7 @@ def chunked(
     owner = jnp.minimum(jnp.searchsorted(ends, index, side="right"), num_requests - 1)
     offset = (index - (ends - pieces)[owner])[:, None] * chunk + jnp.arange(chunk)
     inside = (offset < reqs.length[owner][:, None]) & (index < ends[-1])[:, None]
+    offset = reqs.length[owner][:, None] - 1 - offset if reverse else offset
     rows = jnp.where(inside, reqs.start[owner][:, None] + offset, num_tokens)
 
     def gather(x: jax.Array) -> jax.Array:  # [tokens, h, ...] -> [chunks, h, chunk, ...], f32

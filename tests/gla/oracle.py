@@ -123,7 +123,7 @@ def rows_of(batch):
     return list(itertools.pairwise(bounds))
 
 
-def run(batch, request, scale=None):
+def run(batch, request, scale=None, reverse=False):
     """Applies `request(q, k, v, g, state, start, scale[, beta]) -> (o, state)` to each request."""
     heads = batch.v.shape[1]
     group = heads // batch.q.shape[1]
@@ -140,7 +140,7 @@ def run(batch, request, scale=None):
         if begin == end or not 0 <= slot < len(pool):
             continue
         state = pool[slot] if batch.known[n] else np.zeros_like(pool[0])
-        part = slice(begin, end)
+        part = np.arange(begin, end)[:: -1 if reverse else 1]
         more = {} if beta is None else {"beta": beta[part]}
         tokens = (q[part], k[part], v[part], g[part])
         o[part], after[slot] = request(*tokens, state, begin, scale, **more)
@@ -159,19 +159,19 @@ def recurrence(q, k, v, g, state, start, scale, beta=None):
     return o, state
 
 
-def exact(batch, scale=None):
+def exact(batch, scale=None, reverse=False):
     """Output and pool of the definition."""
-    return run(batch, recurrence, scale)
+    return run(batch, recurrence, scale, reverse)
 
 
-def rounded(batch, *, window=128, batch_invariant=False):
+def rounded(batch, *, window=128, batch_invariant=False, reverse=False):
     """Output and pool of float64 arithmetic on the operands that the kernel rounds to bf16."""
 
     def request(q, k, v, g, state, start, scale, beta=None):
-        if len(q) == 1:
+        if len(q) == 1 and not reverse:
             return recurrence(q, k, v, g, state, start, scale, beta)
         outputs, row = [], 0
-        for rows in cut(start, len(q), window, batch_invariant):
+        for rows in cut(start, len(q), window, batch_invariant)[:: -1 if reverse else 1]:
             part = slice(row, row + rows)
             at = 0 if batch_invariant else (start + row) % ROWS
             strengths = None if beta is None else beta[part]
@@ -181,7 +181,7 @@ def rounded(batch, *, window=128, batch_invariant=False):
             row += rows
         return np.concatenate(outputs), state
 
-    return run(batch, request)
+    return run(batch, request, reverse=reverse)
 
 
 def channel_weights(rows, k, g, first):

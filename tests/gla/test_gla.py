@@ -22,7 +22,7 @@ PLAN = gla.Plan(heads=2, interleave=2)
 
 
 @functools.cache
-def compiled(mode, plan, batch_invariant, scale):
+def compiled(mode, plan, batch_invariant, scale, reverse):
     """A jitted kernel per static choice; the mode only keeps traces apart."""
 
     @jax.jit
@@ -30,14 +30,15 @@ def compiled(mode, plan, batch_invariant, scale):
         *rest, g, beta = args
         decay = oracle.decay_of(g)
         options = {"plan": plan, "batch_invariant": batch_invariant, "scale": scale} | more
+        options["reverse"] = reverse
         return gla.gla(*rest, decay=decay, beta=beta, implementation="interpret", **options)
 
     return kernel
 
 
-def run(batch, mode=LATE, plan=PLAN, batch_invariant=False, scale=None, **more):
+def run(batch, mode=LATE, plan=PLAN, batch_invariant=False, scale=None, reverse=False, **more):
     """Output and pool of the kernel under the strict harness, as numpy arrays."""
-    kernel = compiled(mode, plan, batch_invariant, scale)
+    kernel = compiled(mode, plan, batch_invariant, scale, reverse)
     with interpret.strict(mode):
         o, pool = kernel(*batch.args(), jnp.asarray(batch.g), batch.strength, **more)
         return np.asarray(o), np.asarray(pool)
@@ -61,8 +62,9 @@ def check_gates(batch, o, pool, **cut):
     assert not o[~rows].any()
     if batch.pool.dtype == np.float32:
         assert oracle.error(pool, states) <= STATE_A
-    exact, exact_states = oracle.exact(batch)
-    options = {"operands": jnp.bfloat16, "chunk": cut.get("window", 128)}
+    reverse = cut.get("reverse", False)
+    exact, exact_states = oracle.exact(batch, reverse=reverse)
+    options = {"operands": jnp.bfloat16, "chunk": cut.get("window", 128), "reverse": reverse}
     plain, plain_states = reference.chunked(*batch.args(), decay=batch.decay, **options)
     assert oracle.error(o, exact) <= min(3.5e-3, 1.1 * oracle.error(plain, exact) + 1e-7)
     assert oracle.error(pool, exact_states) <= 1.1 * oracle.error(plain_states, exact_states) + 1e-7
@@ -84,10 +86,17 @@ def test_bf16(name, per_token):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_f32(per_token):
+def test_bf16_reversed(per_token):
+    options = {"tokens": 330, "slots": [3, 1, -1, 0, 2, 3, 2], "per_token": per_token}
+    batch = oracle.random_batch(5, [3, 150, 5, 0, 129, 1, 1], gap=5, **options)
+    check_gates(batch, *run(batch, reverse=True), reverse=True)
+
+
+@pytest.mark.parametrize("per_token,reverse", [(False, False), (True, False), (True, True)])
+def test_f32(per_token, reverse):
     batch = oracle.random_batch(6, [150, 1, 1, 33], dtype=np.float32, per_token=per_token)
-    o, pool = run(batch)
-    wanted, states = oracle.exact(batch)
+    o, pool = run(batch, reverse=reverse)
+    wanted, states = oracle.exact(batch, reverse=reverse)
     assert oracle.error(o, wanted) < 3e-6
     assert oracle.error(o, wanted, axis=(1, 2)) < 1e-5
     assert oracle.error(pool, states) < 3e-6

@@ -21,27 +21,28 @@ def call(function, batch, **options):
     return function(*batch.args(), decay=batch.decay, **options)
 
 
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("per_token,reverse", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", CASES)
-def test_recurrent_is_the_definition(name, per_token):
+def test_recurrent_is_the_definition(name, per_token, reverse):
     batch = oracle.random_batch(1, **CASES[name], dtype=np.float32, per_token=per_token)
-    o, pool = oracle.exact(batch)
+    o, pool = oracle.exact(batch, reverse=reverse)
     with jax.enable_x64(True):
         wide = oracle.Batch(
             *(x.astype(np.float64) if x.dtype == np.float32 else x for x in vars(batch).values())
         )
-        found = call(reference.recurrent, wide, dtype=jnp.float64)
+        found = call(reference.recurrent, wide, dtype=jnp.float64, reverse=reverse)
     assert oracle.error(found[0], o) < 1e-13
     assert oracle.error(found[1], pool) < 1e-13
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("per_token,reverse", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", CASES)
-def test_chunked_is_the_definition(name, per_token, chunk):
+def test_chunked_is_the_definition(name, per_token, reverse, chunk):
     batch = oracle.random_batch(2, **CASES[name], dtype=np.float32, per_token=per_token)
-    o, pool = oracle.exact(batch)
-    found = jax.jit(lambda *a: reference.chunked(*a, decay=batch.decay, chunk=chunk))(*batch.args())
+    o, pool = oracle.exact(batch, reverse=reverse)
+    options = {"decay": batch.decay, "chunk": chunk, "reverse": reverse}
+    found = jax.jit(lambda *args: reference.chunked(*args, **options))(*batch.args())
     assert oracle.error(found[0], o) < 2e-6
     assert oracle.error(found[1], pool) < 2e-6
 

@@ -129,6 +129,7 @@ def _kernels(
 def take(waiting: list[KernelCall], op: hlo.Op) -> KernelCall:
     """The call that became this kernel: the first of its name, or without one, that is left."""
     base = re.sub(r"[^\w]", "_", re.sub(r"\.\d+$", "", op.name))
+    base = re.sub(r"^(?:(?:transpose|jvp|vmap)_)+(\w*?)_+$", r"\1", base)  # of a transformation
     for call in waiting:
         named = re.sub(r"[^\w]", "_", call.name)
         if named in ("", base) and len(call.operands) == len(op.operands):
