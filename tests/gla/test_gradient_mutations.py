@@ -56,7 +56,7 @@ FAULTS = {
     "final state not in the decay": (gradient, "token_decay_gradient", with_argument(gradient.token_decay_gradient, 2, jnp.zeros_like)),
     "sums beyond a request": (gradient, "sum_to_end", with_argument(gradient.sum_to_end, 1, lambda n: n + 99)),
     "sums from the beginning": (gradient, "sum_to_end", with_argument(gradient.sum_to_end, 2, lambda r: not r)),
-    "clipped decays": (gradient, "token_decay_gradient", with_argument(gradient.token_decay_gradient, 0, lambda g: jnp.minimum(g, 0))),
+    "clipped decays": (gradient, "token_decay_gradient", with_argument(gradient.token_decay_gradient, 0, lambda g: jnp.minimum(g, -1e-3))),
     "only the first of a group": (gradient, "over_group", lambda dx, x: dx[:, :1].astype(x.dtype)),
     "written slots keep theirs": (gradient, "pool_gradient", lambda d, *args: good_pool(d, *args) + d),
 }  # fmt: skip
