@@ -93,6 +93,7 @@ def test_a_revision_is_predicted_with_its_own_code(tmp_path, monkeypatch):
     """A repository whose one file writes what the command line asks for."""
     program = tmp_path / "microbench" / "__main__.py"
     program.parent.mkdir()
+    (program.parent / "__init__.py").touch()
     script = (
         "import json, sys; path = sys.argv[sys.argv.index('--json') + 1];"
         "open(path, 'w').write(json.dumps({'kind': 'predict', 'kernel': 'fake', 'case': 'a',"
