@@ -66,7 +66,7 @@ def alone(q, k, v, g, state):
         q_n, k_n, v_n = (x[n] for x in wide)
         q_n, k_n = (np.repeat(x, group, axis=1) for x in (q_n, k_n))
         start = np.zeros((2, 64, 64)) if state is None else oracle.wide(state)[n]
-        one = oracle.recurrence(q_n, k_n, v_n, g[n], start, 0, 64**-0.5)
+        one = oracle.recurrence(q_n, k_n, v_n, g[n][..., None], start, 0, 64**-0.5)
         o.append(one[0])
         final.append(one[1])
     return np.stack(o), np.stack(final)
