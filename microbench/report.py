@@ -28,6 +28,7 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align
          white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } td.n { text-align: right;
      font-variant-numeric: tabular-nums; }
+.track { display: inline-block; width: 60px; text-align: left; margin-left: .3em; }
 .bar { display: inline-block; height: .65em; background: var(--bar); border-radius: 2px; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
 img { max-width: 100%; background: #fff; border-radius: 6px; }
@@ -112,7 +113,8 @@ def _cell(column: str, value: Any, numeric: bool) -> str:
         return f'<td class="{"good" if value else "bad"}">{text}</td>'
     if column in UNITS and isinstance(value, int | float):
         width = max(0.0, min(100.0, float(value))) * 0.6
-        return f'<td class="n">{text} <span class="bar" style="width:{width:.0f}px"></span></td>'
+        bar = f'<span class="bar" style="width:{width:.0f}px"></span>'
+        return f'<td class="n">{text}<span class="track">{bar}</span></td>'
     return f'<td class="n">{text}</td>' if numeric else f"<td>{text}</td>"
 
 
@@ -186,7 +188,7 @@ _SECTIONS: dict[str, tuple[str, str, Any]] = {
         "Against the specification or a float64 oracle; at reduced size where interpreted.",
         _chosen("check", "error", "limit", "ok"),
     ),
-    "time": ("Times on this machine", "Measured, wall clock.", _plain),
+    "time": ("Times on this machine", "Measured; by which clock, says what.", _plain),
     "aot": (
         "What the compiler made",
         "Static: counted in the final schedule.",

@@ -22,9 +22,10 @@ REFUSALS = (
     errors.ReplayError,
     errors.UnsupportedError,
 )
+INPUT_SETS = 2
 TITLES = {
     "check": "check: the kernel against its specification",
-    "time": "time: on this machine, wall clock",
+    "time": "time: on this machine",
     "aot": (
         "aot: static, compiled for the chip and not run; "
         "floor us = the roofline from data-sheet peaks, no measurement"
@@ -97,9 +98,10 @@ def time(suite: Suite, case: Case, options: Options) -> list[Finding]:
     here = chips.current_chip() if jax.default_backend() == "tpu" else None
     case = suite.timed(case)
     case = with_plan(suite, case, here.name, options) if here else case
-    label = "tpu kernel, wall clock, measured" if here else "cpu reference, measured"
     function = suite.kernel_fn(case) if here else suite.reference_fn(case)
-    timing = time_calls(function, suite.inputs(case, options.seed))
+    timing = time_calls(function, [suite.inputs(case, options.seed + i) for i in range(INPUT_SETS)])
+    what = "tpu kernel" if here else "cpu reference"
+    label = f"{what}, {timing.clock} clock, measured"
     cost = suite.cost(case)
     values = {
         "what": label,

@@ -165,8 +165,8 @@ class Search:
         case = dataclasses.replace(case, plan=dataclasses.asdict(plan))
         self.suite.explain(case, self.chip)  # refuses what is not legal
         if self.how == "measured":
-            call = self.suite.kernel_fn(case), self.suite.inputs(case, self.options.seed)
-            return time_calls(*call).median * 1e6
+            inputs = [self.suite.inputs(case, self.options.seed)]
+            return time_calls(self.suite.kernel_fn(case), inputs).median * 1e6
         found = predicted.case(self.suite, case, self.chip, self.options)
         if found is None:
             raise UsageError(f"{case.kernel}: its schedules cannot be replayed")

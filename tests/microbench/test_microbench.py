@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from jax.profiler import ProfileData
 
-from microbench import cases, cli, environment, stages, static
+from microbench import cases, cli, environment, stages, static, timing
 from microbench.case import Case, Check, Cost
 from microbench.record import Log, record
 from microbench.table import table
@@ -103,10 +105,10 @@ def test_a_right_case_is_timed_and_recorded(microbench, tmp_path):
     path = tmp_path / "out.jsonl"
     status, out, _ = microbench("run", "--case", "right", "--json", str(path), "--seed", "5")
     assert status == 0
-    assert "cpu reference, measured" in out
+    assert "cpu reference, wall clock, measured" in out
     check, time = read(path)
     assert check["kind"] == "check" and check["values"]["ok"] is True
-    assert time["label"] == "cpu reference, measured" and time["chip"] == "cpu"
+    assert time["label"] == "cpu reference, wall clock, measured" and time["chip"] == "cpu"
     assert 0 < time["values"]["best_ms"] <= time["values"]["median_ms"]
     assert time["values"]["calls"] == 2
     assert time["params"] == {"rows": 64, "lengths": [1, 2], "fault": "none"}
@@ -278,9 +280,45 @@ def test_time_calls_warms_up_waits_and_stops():
         events.append("call")
         return Result()
 
-    timing = time_calls(function, (), budget=0.0, least=3)
-    assert events == ["call", "wait"] * 4 and timing.calls == 3
-    assert timing.best <= timing.median <= timing.worst
+    found = time_calls(function, [()], budget=0.0, least=3)
+    assert events == ["call", "wait"] * 4 and found.calls == 3 and found.clock == "wall"
+    assert found.best <= found.median <= found.worst
+
+
+def test_inputs_take_turns():
+    seen = []
+    time_calls(seen.append, [(1,), (2,)], budget=0.0, least=3)
+    assert seen == [1, 2, 1, 2]
+
+
+PROFILE = """
+planes { name: "/host:CPU" lines { name: "XLA Modules" events { duration_ps: 9000000 } } }
+planes { name: "/device:TPU:0"
+  lines { name: "XLA Ops" events { duration_ps: 1000000 } }
+  lines { name: "XLA Modules"
+    events { duration_ps: 5000000 }
+    events { duration_ps: 8000000 }
+    events { duration_ps: 6000000 } }
+}
+planes { name: "/device:TPU:1" lines { name: "XLA Modules" events { duration_ps: 2000000 } } }
+"""
+
+
+def test_on_a_tpu_the_clock_is_the_device(monkeypatch):
+    """A profile made by hand, of a machine that is not there."""
+    profile = ProfileData.from_text_proto(PROFILE)
+    assert timing.runs(profile) == pytest.approx([5e-6, 8e-6, 6e-6])
+    monkeypatch.setattr(timing.jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(timing, "_profiled", lambda once, calls: timing.runs(profile))
+    found = time_calls(lambda: jnp.ones(8), [()], budget=0.0, least=2)
+    assert (found.clock, found.calls) == ("device", 3)
+    assert (found.best, found.median, found.worst) == pytest.approx((5e-6, 6e-6, 8e-6))
+
+
+def test_a_profile_is_taken_and_read():
+    """Of this machine, so that it has no TPU."""
+    calls = []
+    assert timing._profiled(lambda: calls.append(1) or 0.0, 3) == [] and len(calls) == 3
 
 
 def test_every_kernel_with_cases_is_a_package_of_this_library():
