@@ -81,8 +81,8 @@ def _profiled(once: Callable[[], float], calls: int) -> list[float]:
         return runs(ProfileData.from_file(str(file)))
 
 
-def runs(profile: ProfileData) -> list[float]:
-    """Seconds of each run of a program on the first TPU; none where the profile has no TPU."""
+def runs(profile: Any) -> list[float]:
+    """Seconds of each run of a program on the first TPU of a `ProfileData`; none without one."""
     return [
         event.duration_ns * 1e-9
         for plane in profile.planes
