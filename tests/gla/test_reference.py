@@ -28,7 +28,10 @@ def test_recurrent_is_the_definition(name, per_token, reverse):
     o, pool = oracle.exact(batch, reverse=reverse)
     with jax.enable_x64(True):
         wide = oracle.Batch(
-            *(x.astype(np.float64) if x.dtype == np.float32 else x for x in vars(batch).values())
+            *(
+                x.astype(np.float64) if getattr(x, "dtype", None) == np.float32 else x
+                for x in vars(batch).values()
+            )
         )
         found = call(reference.recurrent, wide, dtype=jnp.float64, reverse=reverse)
     assert oracle.error(found[0], o) < 1e-13
