@@ -5,27 +5,10 @@ import subprocess
 
 import pytest
 
-from microbench import cases, cli, compare, environment, stages
+from microbench import cli, compare, environment, stages
 from microbench.case import Case, planned
 from microbench.record import record
-from microbench.timing import time_calls
 from tests.microbench import fake
-
-
-@pytest.fixture
-def microbench(monkeypatch, capsys):
-    monkeypatch.setattr(cases, "kernels", lambda: ("fake",))
-    monkeypatch.setattr(cases, "load", lambda kernel: fake)
-    monkeypatch.setattr(environment, "prepare", lambda: None)
-    monkeypatch.setattr(
-        stages, "time_calls", lambda fn, args: time_calls(fn, args, budget=0, least=2)
-    )
-
-    def call(*words):
-        status = cli.main(["microbench", *words])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def made(case, us, chip="tpu7x", kind="predict"):

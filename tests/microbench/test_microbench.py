@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
-from microbench import cases, cli, environment, stages, static, timing
+from microbench import cases, environment, static, timing
 from microbench.case import Case, Check, Cost
 from microbench.record import Log, record
 from microbench.table import table
@@ -17,23 +17,6 @@ from tests.microbench import fake
 from tpukit import aot, chips, errors
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def microbench(monkeypatch, capsys):
-    """Runs a command line on the fake suite; returns its exit status, output and error output."""
-    monkeypatch.setattr(cases, "kernels", lambda: ("fake",))
-    monkeypatch.setattr(cases, "load", lambda kernel: fake)
-    monkeypatch.setattr(environment, "prepare", lambda: None)
-    monkeypatch.setattr(
-        stages, "time_calls", lambda fn, args: time_calls(fn, args, budget=0, least=2)
-    )
-
-    def run(*words):
-        status = cli.main(["microbench", *words])
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def read(path):

@@ -5,24 +5,10 @@ import json
 
 import pytest
 
-from microbench import cases, cli
+from microbench import cli
 from microbench.validation import peers, report, rows, run
 from microbench.validation.rows import Row
-from tests.microbench import fake
 from tpukit.errors import UnsupportedError
-
-
-@pytest.fixture
-def microbench(monkeypatch, capsys):
-    monkeypatch.setattr(cases, "kernels", lambda: ("fake",))
-    monkeypatch.setattr(cases, "load", lambda kernel: fake)
-
-    def call(*words):
-        status = cli.main(["microbench", *words])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def test_predict_shows_records_and_draws(microbench, tmp_path):

@@ -7,25 +7,11 @@ import re
 
 import pytest
 
-from microbench import cases, cli, environment, report
+from microbench import report
 from microbench.case import Case
 from microbench.record import record
-from tests.microbench import fake
 
 pytest.importorskip("matplotlib")
-
-
-@pytest.fixture
-def microbench(monkeypatch, capsys):
-    monkeypatch.setattr(cases, "kernels", lambda: ("fake",))
-    monkeypatch.setattr(cases, "load", lambda kernel: fake)
-    monkeypatch.setattr(environment, "prepare", lambda: None)
-
-    def call(*words):
-        status = cli.main(["microbench", *words])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def made(kind, values, case="model/<b>", chip="tpu7x", **context):
