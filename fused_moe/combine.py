@@ -11,9 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.dispatch import Layout
 from fused_moe.plan import ROWS
-from fused_moe.plumbing import IO_DEPTH, Plumbing, Ref, divide, repeat, rows, wait_rows
+from fused_moe.plumbing import IO_DEPTH, Plumbing, Ref, divide, rows, wait_rows
 from fused_moe.rows import lanes, scale_of
-from tpukit.buffers import Index, Stream
+from tpukit.buffers import Index, Stream, repeat
 
 
 @dataclasses.dataclass(frozen=True)

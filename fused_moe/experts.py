@@ -25,7 +25,6 @@ from fused_moe.plumbing import (
     LOADING,
     STORING,
     groups,
-    repeat,
     row,
     rows,
     start,
@@ -36,7 +35,7 @@ from fused_moe.rows import lanes, narrow, row_scale, scale_of
 from fused_moe.slices import Experts
 from fused_moe.tiles import Tiles
 from reference.fused_moe import gated
-from tpukit.buffers import Stream
+from tpukit.buffers import Stream, repeat
 
 SCALE_OF, WEIGHT_OF, RESUMES = 0, 1, 2  # planes of Scratch.factors
 

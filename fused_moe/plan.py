@@ -16,6 +16,7 @@ from fused_moe.dispatch import LANES, Layout, round_up
 from fused_moe.rows import RowFormat
 from reference.fused_moe import Activation
 from tpukit import tuning
+from tpukit.buffers import padded
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
 
@@ -225,14 +226,6 @@ def buffers(problem: Problem, plan: Plan) -> dict[str, Buffer]:
         found["gate_bias"] = found["up_bias"] = ((depth, 1, plan.inter_slice), jnp.float32)
         found["down_bias"] = ((depth, 1, plan.hidden_slice), jnp.float32)
     return found
-
-
-def padded(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of an array in VMEM, whose last two dimensions are padded to whole tiles."""
-    *major, rows, lanes = shape
-    size = jnp.dtype(dtype).itemsize
-    tile = 8 * 4 // size
-    return math.prod(major) * -(-rows // tile) * tile * -(-lanes // LANES) * LANES * size
 
 
 def vmem_bytes(problem: Problem, plan: Plan) -> int:

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from fused_moe.dispatch import LANES
 from fused_moe.plan import ROWS, Plan, Problem, buffers
 from reference.fused_moe import Weights
+from tpukit.buffers import repeat
 
 Ref = Any
 LANE_BITS = LANES.bit_length() - 1
@@ -220,11 +221,6 @@ def divide(value: Any, by: int) -> tuple[jax.Array, jax.Array]:
     else:
         quotient = jnp.int32(value) >> (by.bit_length() - 1)
     return quotient, value - quotient * by
-
-
-def repeat(times: Any, action: Callable[[jax.Array], None]) -> None:
-    """action(0), ..., action(times - 1), as a loop of the kernel."""
-    lax.fori_loop(0, times, lambda i, _: action(i), None)
 
 
 def total(times: Any, of: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -23,7 +23,6 @@ from fused_moe.plumbing import (
     Ref,
     divide,
     each,
-    repeat,
     row,
     rows,
     start,
@@ -31,7 +30,7 @@ from fused_moe.plumbing import (
     wait,
     wait_rows,
 )
-from tpukit.buffers import Index, Stream
+from tpukit.buffers import Index, Stream, repeat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,13 +28,13 @@ from fused_moe.plumbing import (
     VISITS,
     WINDOW,
     each,
-    repeat,
     row,
     start,
     total,
     wait_rows,
 )
 from fused_moe.slices import Experts, Rings
+from tpukit.buffers import repeat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,7 @@ from gla.schedule import (
 from gla.shift import shift_rows
 from gla.tables import ChannelTables, ConstantTables, iota, spread
 from reference.gla import clip_log_decay
+from tpukit.buffers import repeat
 from tpukit.manual import manual_axes
 
 Ref = Any
@@ -415,11 +416,6 @@ class Walk(Plumbing):
                 self.vmem.o[out, :size, self.value_lanes(h)] = o
             if new is not None:
                 state[h] = new
-
-
-def repeat(times: int, action: Callable[[jax.Array], None]) -> None:
-    """action(0), ..., action(times - 1), as a loop of the kernel."""
-    lax.fori_loop(0, times, lambda i, _: action(i), None)
 
 
 def gla_kernel(

@@ -7,12 +7,12 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 
 from gla.schedule import FORWARD, MAX_DRAFTS, ROWS, Form, Limits, Schedule
 from tpukit import tuning
+from tpukit.buffers import padded
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
 
@@ -178,14 +178,6 @@ class Explanation:
         sizes = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.plan).items())
         share = f"{self.vmem_bytes / 2**20:.1f} of {self.vmem_limit / 2**20:.0f} MiB VMEM"
         return f"{sizes} ({self.source}: {self.why}; {share})"
-
-
-def padded(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of an array in VMEM, whose last two dimensions are padded to whole tiles."""
-    *major, rows, lanes = shape
-    size = jnp.dtype(dtype).itemsize
-    tile = 8 * 4 // size
-    return math.prod(major) * -(-rows // tile) * tile * -(-lanes // LANES) * LANES * size
 
 
 def vmem_bytes(problem: Problem, plan: Plan) -> int:

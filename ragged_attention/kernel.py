@@ -32,9 +32,10 @@ from ragged_attention.plan import (
     Style,
     style_of,
 )
-from ragged_attention.plumbing import Operands, Scratch, repeat
+from ragged_attention.plumbing import Operands, Scratch
 from ragged_attention.schedule import END, FENCE, FIRST, LAST, WRITES, Batch, Noted
 from ragged_attention.tiles import is_missing
+from tpukit.buffers import repeat
 from tpukit.chips import Chip
 from tpukit.manual import manual_axes
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ragged_attention.layout import LANES, CacheLayout, round_up
 from ragged_attention.schedule import GROUP_ROWS, Limits
 from tpukit import checks, tuning
+from tpukit.buffers import padded
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
 
@@ -250,13 +251,6 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
     if problem.lse:
         found["lse"] = ((2, round_up(queries, 8), problem.lse_lanes), f32)
     return found
-
-
-def padded(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of an array in VMEM, whose last two dimensions are padded to whole tiles."""
-    *major, rows, lanes = shape
-    size = jnp.dtype(dtype).itemsize
-    return math.prod(major) * round_up(rows, 8 * 4 // size) * round_up(lanes, LANES) * size
 
 
 def vmem_bytes(problem: Problem, plan: Plan, chip: Chip) -> int:

@@ -24,6 +24,7 @@ from ragged_attention.schedule import (
     Walk,
     store_record,
 )
+from tpukit.buffers import repeat
 
 Ref = Any
 LANE_BITS, GROUP_BITS = LANES.bit_length() - 1, GROUP_ROWS.bit_length() - 1
@@ -359,8 +360,3 @@ class Plumbing:
             if self.problem.lse:
                 self.each_lse(slot, 0, lambda copy: copy.wait())
             self.vmem.leaving[slot] = 0
-
-
-def repeat(times: Any, action: Callable[[jax.Array], None]) -> None:
-    """action(0), ..., action(times - 1), as a loop of the kernel."""
-    lax.fori_loop(0, times, lambda i, _: action(i), None)

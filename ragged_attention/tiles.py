@@ -14,8 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ragged_attention.flash import iota
-from ragged_attention.plumbing import FRESH_ABOVE, MISSING, Plumbing, repeat
+from ragged_attention.plumbing import FRESH_ABOVE, MISSING, Plumbing
 from ragged_attention.schedule import END, GROUP_ROWS, Noted
+from tpukit.buffers import repeat
 
 Ref = Any
 UNROLL = 4  # pages whose transfers are started together: scalar code has long latencies

@@ -1,16 +1,32 @@
-"""Multi-buffering, written once: a ring of buffers that DMAs fill or drain in order."""
+"""Buffers in VMEM: what they take, and rings of them that DMAs fill or drain in order."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 Index = jax.Array | int
+LANES = 128
+
+
+def repeat(times: Any, action: Callable[[jax.Array], None]) -> None:
+    """action(0), ..., action(times - 1), as a loop of the kernel."""
+    lax.fori_loop(0, times, lambda i, _: action(i), None)
+
+
+def padded(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of an array in VMEM, whose last two dimensions are padded to whole tiles."""
+    *major, rows, lanes = shape
+    size = jnp.dtype(dtype).itemsize
+    tile = 8 * 4 // size
+    return math.prod(major) * -(-rows // tile) * tile * -(-lanes // LANES) * LANES * size
 
 
 @dataclasses.dataclass(frozen=True)
