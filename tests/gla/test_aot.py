@@ -17,6 +17,10 @@ CHIPS = ("v5e", "v6e", "tpu7x")
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
+def array(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     tokens: int = 256
@@ -49,9 +53,19 @@ class Shape:
             o, pool = gla.gla(q, k, v, pool, slots, cu, known, **gates, **options)
             return o.reshape(self.tokens, -1), pool
 
-        def array(*shape, dtype=jnp.int32):
-            return jax.ShapeDtypeStruct(shape, dtype)
+        norm, angle = array(self.key_dim, dtype=F32), array(self.tokens, 32, dtype=F32)
+        weight = array(self.heads, self.value_dim, dtype=F32)
+        flat = array(self.tokens, self.heads * self.value_dim, dtype=self.dtype)
+        around = (
+            gla.NormRope(norm, norm, angle, angle),
+            gla.NormGate(weight, flat, self.heads_per_group),
+        )
+        around = around if self.heads_per_group else ()
+        beta = array(self.tokens, self.heads, dtype=F32) if self.delta else None
+        return jax.jit(fn, donate_argnums=3), (*self.operands(), around, beta)
 
+    def operands(self):
+        """Shapes of q, k, v, pool, slots, cu, known and decays."""
         qk = array(self.tokens, self.qk_heads * self.key_dim, dtype=self.dtype)
         vo = array(self.tokens, self.heads * self.value_dim, dtype=self.dtype)
         pool = array(self.requests + 2, self.heads, self.key_dim, self.value_dim, dtype=self.state)
@@ -59,16 +73,7 @@ class Shape:
         g = (self.tokens, self.heads * self.key_dim) if self.per_channel else g
         n = self.requests
         scalars = (array(n), array(n + 1), array(n, dtype=jnp.bool_))
-        norm, angle = array(self.key_dim, dtype=F32), array(self.tokens, 32, dtype=F32)
-        weight = array(self.heads, self.value_dim, dtype=F32)
-        around = (
-            gla.NormRope(norm, norm, angle, angle),
-            gla.NormGate(weight, vo, self.heads_per_group),
-        )
-        around = around if self.heads_per_group else ()
-        beta = array(self.tokens, self.heads, dtype=F32) if self.delta else None
-        args = (qk, qk, vo, pool, *scalars, array(*g, dtype=F32), around, beta)
-        return jax.jit(fn, donate_argnums=3), args
+        return qk, qk, vo, pool, *scalars, array(*g, dtype=F32)
 
 
 OPTIONS = {

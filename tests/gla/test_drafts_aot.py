@@ -8,7 +8,7 @@ import pytest
 
 import gla
 from tests.gla import test_aot
-from tests.gla.test_aot import BF16, CHIPS, F32
+from tests.gla.test_aot import BF16, CHIPS, F32, array
 from tpukit import aot
 
 
@@ -46,17 +46,14 @@ class Shape(test_aot.Shape):
         def vo(x):
             return x.reshape(self.tokens, self.heads, self.value_dim)
 
-        def array(dtype, *shape):
-            return jax.ShapeDtypeStruct(shape, dtype)
-
-        _, args = super().call()
         if self.commits:
-            more = [array(jnp.uint32, self.requests, 2)]
+            more = [array(self.requests, 2, dtype=jnp.uint32)]
         else:
-            words = array(jnp.uint32, self.tokens, max(self.words, 1))
-            rows = array(jnp.int32, self.snapshots)
-            more = [array(jnp.bool_, self.requests), words, rows, rows]
-        return jax.jit(commit if self.commits else verify, donate_argnums=3), (*args, *more)
+            words = array(self.tokens, max(self.words, 1), dtype=jnp.uint32)
+            rows = array(self.snapshots)
+            more = [array(self.requests, dtype=jnp.bool_), words, rows, rows]
+        fn = commit if self.commits else verify
+        return jax.jit(fn, donate_argnums=3), (*self.operands(), *more)
 
 
 OPTIONS = {
