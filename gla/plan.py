@@ -233,6 +233,8 @@ def tree_bytes(plan: Plan) -> int:
 def vmem_allowed(problem: Problem, plan: Plan) -> int:
     """Bytes of VMEM to ask the compiler for: the buffers, and room for values that are spilled."""
     values = 8 if problem.per_channel or problem.delta else 4
+    if problem.per_channel:
+        values *= max(1, problem.key_dim // LANES)
     return vmem_bytes(problem, plan) * 9 // 8 + values * 2**20
 
 
