@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from fused_moe.cost import Costs, costs
 from fused_moe.dispatch import LANES, Layout, round_up
 from fused_moe.rows import RowFormat
 from reference.fused_moe import Activation
-from tpukit import tuning
+from tpukit import planning, tuning
 from tpukit.buffers import padded
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
@@ -155,26 +154,14 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Explanation:
-    """Which plan a call gets, and why.
+class Explanation(planning.Explanation[Problem, Plan]):
+    """Which plan a call gets, and why; whether the kernel is the cheaper way.
 
     Attributes:
-      problem: the call as the plan sees it.
-      plan: the block sizes.
-      source: "argument", or an "exact" or "nearest" entry of the table, or the cost "model".
-      why: a sentence about that choice.
-      vmem_bytes: what the plan's buffers take.
-      vmem_limit: what the chip has.
       hbm_bytes: what a device needs besides arguments and output.
       costs: of the kernel with this plan, and of the grouped layer.
     """
 
-    problem: Problem
-    plan: Plan
-    source: str
-    why: str
-    vmem_bytes: int
-    vmem_limit: int
     hbm_bytes: int
     costs: Costs
 
@@ -184,12 +171,11 @@ class Explanation:
         kernel = self.source == "argument" or self.costs.fused <= self.costs.grouped
         return "pallas" if kernel else "grouped"
 
-    def __str__(self) -> str:
-        sizes = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.plan).items())
-        share = f"{self.vmem_bytes / 2**20:.1f} of {self.vmem_limit / 2**20:.0f} MiB VMEM"
-        needs = f"{share}, {self.hbm_bytes / 1e6:.0f} MB HBM"
-        choice = f"{self.implementation}, cost model: {self.costs}"
-        return f"{sizes} ({self.source}: {self.why}; {needs}; {choice})"
+    @property
+    def needs(self) -> str:
+        """The memory that it takes, and what follows, in words."""
+        memory = f"{super().needs}, {self.hbm_bytes / 1e6:.0f} MB HBM"
+        return f"{memory}; {self.implementation}, cost model: {self.costs}"
 
 
 Buffer = tuple[tuple[int, ...], Any]
@@ -312,15 +298,6 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
             )
 
 
-def fits(problem: Problem, plan: Plan, chip: Chip) -> bool:
-    """Whether `check_plan` accepts the plan."""
-    try:
-        check_plan(problem, plan, chip)
-    except (ArgumentError, UnsupportedError):
-        return False
-    return True
-
-
 def expected_partials(problem: Problem) -> int:
     """Partials for twice the tokens that have several experts on one device, if routing is even.
 
@@ -372,7 +349,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
                 depth=depth,
                 partials=expected_partials(problem),
             )
-            if fits(problem, plan, chip):
+            if PLANS.fits(problem, plan, chip):
                 return plan
     raise UnsupportedError(
         where="fused_moe",
@@ -381,37 +358,6 @@ def model(problem: Problem, chip: Chip) -> Plan:
         why="no tile and slices fit its VMEM and SMEM",
         advice="Use implementation='grouped'.",
     )
-
-
-SCHEMA = tuning.Schema(
-    kernel="fused_moe",
-    exact={
-        "weight_dtype": str,
-        "row_dtype": str,
-        "hidden": int,
-        "inter": int,
-        "shared": bool,
-        "num_experts": int,
-        "top_k": int,
-        "num_devices": int,
-    },
-    bucketed=("num_tokens",),
-    plan=dict.fromkeys((field.name for field in dataclasses.fields(Plan)), int),
-)
-
-
-def as_plan(fields: Mapping[str, tuning.Value]) -> Plan:
-    """A plan from the fields of a table's entry, which the schema says are ints."""
-    return Plan(**{name: int(value) for name, value in fields.items()})
-
-
-# What tuning tries, one field after another.
-CHOICES: Mapping[str, tuple[int, ...]] = {
-    "tile": (64, 96, 128, 160, 192, 256, 288),
-    "inter_slice": (128, 256, 512),
-    "hidden_slice": (256, 512, 1024),
-    "depth": (2, 4),
-}
 
 
 def key(problem: Problem) -> dict[str, tuning.Value]:
@@ -429,10 +375,31 @@ def key(problem: Problem) -> dict[str, tuning.Value]:
     }
 
 
-@functools.cache
-def table() -> tuning.Table:
-    """The tuned block sizes."""
-    return tuning.load(Path(__file__).parent / "tuned.json", SCHEMA)
+PLANS = planning.Planner(
+    kernel="fused_moe",
+    plan=Plan,
+    check=check_plan,
+    model=model,
+    exact={
+        "weight_dtype": str,
+        "row_dtype": str,
+        "hidden": int,
+        "inter": int,
+        "shared": bool,
+        "num_experts": int,
+        "top_k": int,
+        "num_devices": int,
+    },
+    bucketed=("num_tokens",),
+    key=key,
+    choices={
+        "tile": (64, 96, 128, 160, 192, 256, 288),
+        "inter_slice": (128, 256, 512),
+        "hidden_slice": (256, 512, 1024),
+        "depth": (2, 4),
+    },
+    path=Path(__file__).parent / "tuned.json",
+)
 
 
 def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanation:
@@ -441,17 +408,7 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
     Raises:
       ArgumentError, UnsupportedError: the caller's plan is not legal, or none is.
     """
-    if plan is not None:
-        check_plan(problem, plan, chip)
-        source, why = "argument", "the caller's"
-    else:
-        found = table().resolve(
-            chip.name,
-            key(problem),
-            valid=lambda fields: fits(problem, as_plan(fields), chip),
-            model=lambda: dataclasses.asdict(model(problem, chip)),
-        )
-        plan, source, why = as_plan(found.value), found.source, found.why
+    plan, source, why = PLANS.choose(problem, chip, plan)
     return Explanation(
         problem,
         plan,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+import functools
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from gla import fusions
 from gla.fallback import by_reference
 from gla.gradient import Arrays, Rows, differentiable
 from gla.kernel import gla_kernel
-from gla.plan import DIMS, DTYPES, Explanation, Plan, Problem, fits, plan_for
+from gla.plan import DIMS, DTYPES, PLANS, Explanation, Plan, Problem, plan_for
 from gla.plumbing import Operands
 from gla.schedule import DRAFTS, RESUMES, ROWS, Batch
 from gla.tables import LANES
@@ -22,11 +23,11 @@ from reference.gla import ChannelDecay, Decay, HeadDecay, TokenDecay
 from reference.gla_drafts import Drafts, Snapshots
 from reference.gla_norm import NormGate, NormRope
 from tpukit import checks
-from tpukit.chips import Chip, current_chip
+from tpukit.chips import Chip
 from tpukit.chips import chip as chip_named
 from tpukit.errors import ArgumentError, UnsupportedError
+from tpukit.planning import Implementation, choose_implementation
 
-Implementation = Literal["auto", "pallas", "interpret", "reference"]
 DECAY_SHAPES = {
     HeadDecay: "heads",
     TokenDecay: "tokens heads",
@@ -378,31 +379,9 @@ def check_words(
 def choose(
     implementation: Implementation, problem: Problem, plan: Plan | None
 ) -> tuple[Implementation, Chip]:
-    """Resolves "auto" and names the chip to plan for; interpretation plans as for tpu7x.
-
-    Raises:
-      UnsupportedError: the kernel was asked for where it cannot run.
-    """
-    here = current_chip()
-    supported = here is not None and here.name in SUPPORTED_CHIPS
-    target = here or chip_named("tpu7x")
-    if implementation == "auto":
-        if not supported:
-            return "reference", target
-        try:
-            plan_for(problem, target, plan)
-        except UnsupportedError:
-            return "reference", target
-        return "pallas", target
-    if implementation == "pallas" and not supported:
-        raise UnsupportedError(
-            where="gla",
-            what="implementation='pallas'",
-            place=here.name if here else jax.default_backend(),
-            why=f"the kernel runs on {', '.join(SUPPORTED_CHIPS)}",
-            advice="Use implementation='reference', or 'interpret' to run the kernel on a CPU.",
-        )
-    return implementation, target
+    """What runs, and the chip to plan for."""
+    planned = functools.partial(plan_for, problem, plan=plan)
+    return choose_implementation("gla", implementation, SUPPORTED_CHIPS, planned)
 
 
 class Call(NamedTuple):
@@ -451,7 +430,7 @@ class Kernel:
         self, problem: Problem, arrays: Arrays, rows: Rows, decay: Decay
     ) -> tuple[jax.Array, jax.Array]:
         """O and the new pool."""
-        mine = self.plan is not None and fits(problem, self.plan, self.chip)
+        mine = self.plan is not None and PLANS.fits(problem, self.plan, self.chip)
         plan = plan_for(problem, self.chip, self.plan if mine else None).plan
         batch = (rows.slot_ids, rows.cu_seqlens, rows.has_state)
         call = Call(arrays, batch, decay, rows.drafts, rows.snapshots, rows.around, rows.beta)

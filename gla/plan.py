@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from gla.schedule import FORWARD, MAX_DRAFTS, ROWS, Form, Limits, Schedule
-from tpukit import tuning
+from tpukit import planning, tuning
 from tpukit.buffers import padded
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
@@ -154,32 +152,6 @@ class Plan:
         return tuple(size for size in self.windows if size < 2 * (MAX_DRAFTS + ROWS - 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """Which plan a call gets, and why.
-
-    Attributes:
-      problem: the call as the plan sees it.
-      plan: the block sizes.
-      source: "argument", or an "exact" or "nearest" entry of the table, or the cost "model".
-      why: a sentence about that choice.
-      vmem_bytes: what the plan's buffers take.
-      vmem_limit: what the chip has.
-    """
-
-    problem: Problem
-    plan: Plan
-    source: str
-    why: str
-    vmem_bytes: int
-    vmem_limit: int
-
-    def __str__(self) -> str:
-        sizes = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.plan).items())
-        share = f"{self.vmem_bytes / 2**20:.1f} of {self.vmem_limit / 2**20:.0f} MiB VMEM"
-        return f"{sizes} ({self.source}: {self.why}; {share})"
-
-
 def vmem_bytes(problem: Problem, plan: Plan) -> int:
     """Bytes of VMEM that the kernel's buffers take."""
     h, w = plan.heads, plan.window
@@ -292,15 +264,6 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
         )
 
 
-def fits(problem: Problem, plan: Plan, chip: Chip) -> bool:
-    """Whether `check_plan` accepts the plan."""
-    try:
-        check_plan(problem, plan, chip)
-    except (ArgumentError, UnsupportedError):
-        return False
-    return True
-
-
 def model(problem: Problem, chip: Chip) -> Plan:
     """The cost model: the most heads per grid step that fit, for long DMAs and few passes.
 
@@ -313,7 +276,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
         interleave = math.gcd(heads, 2 if problem.dtype == jnp.float32 or problem.delta else 4)
         for states, lookahead in ((8, 4), (4, 2)):
             plan = Plan(heads, interleave, window, 4, states, lookahead)
-            if fits(problem, plan, chip):
+            if PLANS.fits(problem, plan, chip):
                 return plan
     raise UnsupportedError(
         where="gla",
@@ -322,39 +285,6 @@ def model(problem: Problem, chip: Chip) -> Plan:
         why="no number of heads per step both divides the lanes and fits VMEM",
         advice="Shard the heads, or use implementation='reference'.",
     )
-
-
-SCHEMA = tuning.Schema(
-    kernel="gla",
-    exact={
-        "dtype": str,
-        "state_dtype": str,
-        "key_dim": int,
-        "value_dim": int,
-        "group": int,
-        "per_token": bool,
-        "per_channel": bool,
-        "delta": bool,
-    },
-    bucketed=("heads",),
-    plan=dict.fromkeys((field.name for field in dataclasses.fields(Plan)), int),
-)
-
-
-def as_plan(fields: Mapping[str, tuning.Value]) -> Plan:
-    """A plan from the fields of a table's entry, which the schema says are ints."""
-    return Plan(**{name: int(value) for name, value in fields.items()})
-
-
-# What tuning tries, one field after another.
-CHOICES: Mapping[str, tuple[int, ...]] = {
-    "window": (64, 128, 256),
-    "heads": (4, 8, 16),
-    "interleave": (1, 2, 4, 8),
-    "inputs": (2, 4, 8),
-    "states": (4, 8, 16),
-    "lookahead": (2, 4, 6, 8, 12),
-}
 
 
 def key(problem: Problem) -> dict[str, tuning.Value]:
@@ -372,10 +302,34 @@ def key(problem: Problem) -> dict[str, tuning.Value]:
     }
 
 
-@functools.cache
-def table() -> tuning.Table:
-    """The tuned block sizes."""
-    return tuning.load(Path(__file__).parent / "tuned.json", SCHEMA)
+PLANS = planning.Planner(
+    kernel="gla",
+    plan=Plan,
+    check=check_plan,
+    model=model,
+    exact={
+        "dtype": str,
+        "state_dtype": str,
+        "key_dim": int,
+        "value_dim": int,
+        "group": int,
+        "per_token": bool,
+        "per_channel": bool,
+        "delta": bool,
+    },
+    bucketed=("heads",),
+    key=key,
+    choices={
+        "window": (64, 128, 256),
+        "heads": (4, 8, 16),
+        "interleave": (1, 2, 4, 8),
+        "inputs": (2, 4, 8),
+        "states": (4, 8, 16),
+        "lookahead": (2, 4, 6, 8, 12),
+    },
+    path=Path(__file__).parent / "tuned.json",
+)
+Explanation = planning.Explanation[Problem, Plan]
 
 
 def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanation:
@@ -417,16 +371,6 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
             why=f"its schedule takes {words} scalars, and {MAX_SCALARS} fit",
             advice="Use a smaller pool, or split the batch.",
         )
-    if plan is not None:
-        check_plan(problem, plan, chip)
-        source, why = "argument", "the caller's"
-    else:
-        found = table().resolve(
-            chip.name,
-            key(problem),
-            valid=lambda fields: fits(problem, as_plan(fields), chip),
-            model=lambda: dataclasses.asdict(model(problem, chip)),
-        )
-        plan, source, why = as_plan(found.value), found.source, found.why
+    plan, source, why = PLANS.choose(problem, chip, plan)
     used = vmem_bytes(problem, plan)
     return Explanation(problem, plan, source, why, used, chip.vmem_bytes)

@@ -1,7 +1,7 @@
 """Looks for better block sizes, with the compiler in the loop and no TPU.
 
 Every case whose plan one entry of the kernel's table decides is tuned together. From the cost
-model's plan, one field after another takes the values of the package's `CHOICES`; plans that the
+model's plan, one field after another takes the values of the package's choices; plans that the
 package's own checks or the compiler refuse drop out; of the others the predicted time decides (on a
 TPU the measured one). A change has to pay `TIE`, about the predictor's error, so that among equals
 the cost model's plan, which needs no entry, stays.
@@ -90,12 +90,12 @@ def groups(suite: Suite, cases: Sequence[Case], chip: str) -> Iterator[tuple[Any
       UsageError: the kernel has no table.
     """
     rooms = importlib.import_module(f"{cases[0].kernel}.plan")
-    if not hasattr(rooms, "CHOICES"):
+    if not hasattr(rooms, "PLANS"):
         raise UsageError(f"{cases[0].kernel} has no table of plans to tune")
     found: dict[str, tuple[Any, list[Case]]] = {}
     for case in cases:
         if chip in suite.chips(case):
-            key = rooms.key(suite.explain(case, chip).problem)
+            key = rooms.PLANS.key(suite.explain(case, chip).problem)
             found.setdefault(repr(sorted(key.items())), (rooms, []))[1].append(case)
     yield from found.values()
 
@@ -116,12 +116,12 @@ class Search:
           UsageError: not even that one can be timed.
         """
         problem = self.suite.explain(self.cases[0], self.chip).problem
-        model = best = rooms.model(problem, chips.chip(self.chip))
+        model = best = rooms.PLANS.model(problem, chips.chip(self.chip))
         if self.time(model) is None:
             raise UsageError(f"{self.cases[0].name}: the schedules for {self.chip} say no time")
         for _ in range(ROUNDS):
             before = best
-            for field, values in rooms.CHOICES.items():
+            for field, values in rooms.PLANS.choices.items():
                 tries = [dataclasses.replace(best, **{field: value}) for value in values]
                 for plan in tries:
                     self.time(plan)
@@ -133,7 +133,7 @@ class Search:
         was, now = dataclasses.asdict(model), dataclasses.asdict(best)
         return Outcome(
             chip=self.chip,
-            key=rooms.key(problem),
+            key=rooms.PLANS.key(problem),
             cases=tuple(case.name for case in self.cases),
             model=sum(self.times[model] or ()),
             best=sum(self.times[best] or ()),
@@ -177,7 +177,7 @@ def save(kernel: str, outcomes: Sequence[Outcome], options: Options) -> Path:
     """Writes the winners to the kernel's table; entries whose key was tuned anew are replaced."""
     rooms = importlib.import_module(f"{kernel}.plan")
     tuned = {(one.chip, repr(sorted(one.key.items()))) for one in outcomes}
-    table = rooms.table()
+    table = rooms.PLANS.read()
     kept = [
         entry
         for entry in table.entries
@@ -188,9 +188,8 @@ def save(kernel: str, outcomes: Sequence[Outcome], options: Options) -> Path:
         for one in outcomes
         if one.changed
     ]
-    path = Path(str(rooms.__file__)).parent / "tuned.json"
-    tuning.dump(path, tuning.Table(table.schema, (*kept, *new)))
-    return path
+    tuning.dump(rooms.PLANS.path, tuning.Table(table.schema, (*kept, *new)))
+    return rooms.PLANS.path
 
 
 def _found(kernel: str, one: Outcome, options: Options) -> tuning.Found:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+import functools
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,11 @@ from ragged_attention.problem import Call, problem_of, value_rules
 from ragged_attention.schedule import GROUP_ROWS, Batch
 from reference import ragged_attention as reference
 from tpukit import checks
-from tpukit.chips import Chip, current_chip
+from tpukit.chips import Chip
 from tpukit.chips import chip as chip_named
 from tpukit.errors import ArgumentError, UnsupportedError
+from tpukit.planning import Implementation, choose_implementation
 
-Implementation = Literal["auto", "pallas", "interpret", "reference"]
 SUPPORTED_CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
 
 
@@ -242,31 +243,9 @@ def check_static(implementation: Implementation, plan: Plan | None, **flags: boo
 def choose(
     implementation: Implementation, problem: Problem, plan: Plan | None
 ) -> tuple[Implementation, Chip]:
-    """Resolves "auto" and names the chip to plan for; interpretation plans as for tpu7x.
-
-    Raises:
-      UnsupportedError: the kernel was asked for where it cannot run.
-    """
-    here = current_chip()
-    supported = here is not None and here.name in SUPPORTED_CHIPS
-    target = here or chip_named("tpu7x")
-    if implementation == "auto":
-        if not supported:
-            return "reference", target
-        try:
-            plan_for(problem, target, plan)
-        except UnsupportedError:
-            return "reference", target
-        return "pallas", target
-    if implementation == "pallas" and not supported:
-        raise UnsupportedError(
-            where="ragged_attention",
-            what="implementation='pallas'",
-            place=here.name if here else jax.default_backend(),
-            why=f"the kernel runs on {', '.join(SUPPORTED_CHIPS)}",
-            advice="Use implementation='reference', or 'interpret' to run the kernel on a CPU.",
-        )
-    return implementation, target
+    """What runs, and the chip to plan for."""
+    planned = functools.partial(plan_for, problem, plan=plan)
+    return choose_implementation("ragged_attention", implementation, SUPPORTED_CHIPS, planned)
 
 
 def by_reference(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 
 from ragged_attention.layout import LANES, CacheLayout, round_up
 from ragged_attention.schedule import GROUP_ROWS, Limits
-from tpukit import checks, tuning
+from tpukit import checks, planning, tuning
 from tpukit.buffers import padded
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
@@ -324,15 +323,6 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
         )
 
 
-def fits(problem: Problem, plan: Plan, chip: Chip) -> bool:
-    """Whether `check_plan` accepts the plan."""
-    try:
-        check_plan(problem, plan, chip)
-    except (ArgumentError, UnsupportedError):
-        return False
-    return True
-
-
 def model(problem: Problem, chip: Chip) -> Plan:
     """The cost model: the longest tiles and largest blocks that fit.
 
@@ -363,7 +353,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
         plan = Plan(queries, length, tiles, min(tiles, 8))
         useful = tile <= TILE_BYTES and (tiles <= 4 or tiles * tile <= TILES_BYTES)
         useful &= code_size(problem, plan, chip.mxu_side) <= (CODE if prefill else 2 * CODE)
-        if useful and fits(problem, plan, chip):
+        if useful and PLANS.fits(problem, plan, chip):
             return plan
     raise UnsupportedError(
         where="ragged_attention",
@@ -372,57 +362,6 @@ def model(problem: Problem, chip: Chip) -> Plan:
         why="the smallest blocks do not fit VMEM",
         advice="Shard the heads, or use implementation='reference'.",
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """Which plan a call gets, and why.
-
-    Attributes:
-      problem: the call as the plan sees it.
-      plan: the block sizes.
-      source: "argument", or an "exact" or "nearest" entry of the table, or the cost "model".
-      why: a sentence about that choice.
-      vmem_bytes: what the plan's buffers take.
-      vmem_limit: what the chip has.
-    """
-
-    problem: Problem
-    plan: Plan
-    source: str
-    why: str
-    vmem_bytes: int
-    vmem_limit: int
-
-    def __str__(self) -> str:
-        sizes = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.plan).items())
-        share = f"{self.vmem_bytes / 2**20:.1f} of {self.vmem_limit / 2**20:.0f} MiB VMEM"
-        return f"{sizes} ({self.source}: {self.why}; {share})"
-
-
-SCHEMA = tuning.Schema(
-    kernel="ragged_attention",
-    exact={
-        "dtype": str,
-        "cache_dtype": str,
-        "kv_heads": int,
-        "key_dim": int,
-        "value_dim": int,
-        "latent": bool,
-        "page_size": int,
-    },
-    bucketed=("q_heads", "num_tokens"),
-    plan=dict.fromkeys((field.name for field in dataclasses.fields(Plan)), int),
-)
-
-
-# What tuning tries, one field after another.
-CHOICES: Mapping[str, tuple[int, ...]] = {
-    "keys": (512, 1024, 2048, 4096, 8192),
-    "queries": (8, 16, 32, 64, 128, 256),
-    "tiles": (2, 4, 8, 16),
-    "blocks": (2, 4, 8),
-}
 
 
 def key(problem: Problem) -> dict[str, tuning.Value]:
@@ -441,15 +380,31 @@ def key(problem: Problem) -> dict[str, tuning.Value]:
     }
 
 
-@functools.cache
-def table() -> tuning.Table:
-    """The tuned block sizes."""
-    return tuning.load(Path(__file__).parent / "tuned.json", SCHEMA)
-
-
-def as_plan(fields: Mapping[str, tuning.Value]) -> Plan:
-    """A plan from the fields of a table's entry, which the schema says are ints."""
-    return Plan(**{name: int(value) for name, value in fields.items()})
+PLANS = planning.Planner(
+    kernel="ragged_attention",
+    plan=Plan,
+    check=check_plan,
+    model=model,
+    exact={
+        "dtype": str,
+        "cache_dtype": str,
+        "kv_heads": int,
+        "key_dim": int,
+        "value_dim": int,
+        "latent": bool,
+        "page_size": int,
+    },
+    bucketed=("q_heads", "num_tokens"),
+    key=key,
+    choices={
+        "keys": (512, 1024, 2048, 4096, 8192),
+        "queries": (8, 16, 32, 64, 128, 256),
+        "tiles": (2, 4, 8, 16),
+        "blocks": (2, 4, 8),
+    },
+    path=Path(__file__).parent / "tuned.json",
+)
+Explanation = planning.Explanation[Problem, Plan]
 
 
 def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanation:
@@ -477,16 +432,6 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
             raise UnsupportedError(
                 where="ragged_attention", what=what, place=chip.name, why=why, advice=advice
             )
-    if plan is not None:
-        check_plan(problem, plan, chip)
-        source, why = "argument", "the caller's"
-    else:
-        found = table().resolve(
-            chip.name,
-            key(problem),
-            valid=lambda fields: fits(problem, as_plan(fields), chip),
-            model=lambda: dataclasses.asdict(model(problem, chip)),
-        )
-        plan, source, why = as_plan(found.value), found.source, found.why
+    plan, source, why = PLANS.choose(problem, chip, plan)
     used = vmem_bytes(problem, plan, chip)
     return Explanation(problem, plan, source, why, used, chip.vmem_bytes)

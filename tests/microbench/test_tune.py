@@ -11,10 +11,8 @@ from microbench import cases, cli, environment, tune
 from microbench.case import Case
 from microbench.tune import TIE
 from tests.microbench import fake
-from tpukit import tuning
+from tpukit import planning
 from tpukit.errors import UnsupportedError
-
-SCHEMA = tuning.Schema("fake", {"dtype": str}, ("rows",), {"block": int, "depth": int})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,24 +21,23 @@ class Plan:
     depth: int = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    problem: int
-    plan: Plan
-
-
 @pytest.fixture
 def kernel(monkeypatch, tmp_path):
-    """A kernel whose time is a formula; the table's file is the fixture's value."""
+    """A kernel whose time is a formula; how it comes by plans is the fixture's value."""
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps({"schema": 1, "kernel": "fake", "entries": []}))
     rooms = types.ModuleType("fake.plan")
-    vars(rooms).update(
-        __file__=str(tmp_path / "plan.py"),
-        CHOICES={"block": (8, 16, 32, 12), "depth": (2, 4)},
-        key=lambda problem: {"dtype": "float32", "rows": problem},
+
+    rooms.PLANS = planning.Planner(
+        kernel="fake",
+        plan=Plan,
+        check=lambda problem, plan, chip: None,
         model=lambda problem, chip: Plan(),
-        table=lambda: tuning.load(path, SCHEMA),
+        exact={"dtype": str},
+        bucketed=("rows",),
+        key=lambda problem: {"dtype": "float32", "rows": problem},
+        choices={"block": (8, 16, 32, 12), "depth": (2, 4)},
+        path=path,
     )
     monkeypatch.setitem(sys.modules, "fake.plan", rooms)
 
@@ -48,13 +45,13 @@ def kernel(monkeypatch, tmp_path):
         plan = Plan(**case.plan) if case.plan else Plan()
         if plan.block == 12:
             raise UnsupportedError(where="fake", what="12", place=chip, why="it is a test")
-        return Explanation(case.params["rows"], plan)
+        return planning.Explanation(case.params["rows"], plan, "argument", "a test", 0, 1)
 
     monkeypatch.setattr(fake, "explain", explain)
     monkeypatch.setattr(cases, "kernels", lambda: ("fake",))
     monkeypatch.setattr(cases, "load", lambda kernel: fake)
     monkeypatch.setattr(environment, "prepare", lambda: None)
-    return path
+    return rooms.PLANS
 
 
 @pytest.fixture
@@ -80,7 +77,7 @@ def test_the_best_plan_is_found_and_kept_with_its_provenance(kernel, times, caps
     assert run("--save", "--case", "right", "--json", str(records)) == 0
     out = capsys.readouterr().out
     assert "block=32 depth=4" in out and "30" in out
-    (entry,) = tuning.load(kernel, SCHEMA).entries
+    (entry,) = kernel.read().entries
     assert entry.plan == {"block": 32, "depth": 4} and entry.key == {"dtype": "float32", "rows": 64}
     assert (entry.chip, entry.found.how, entry.found.microseconds) == ("v6e", "predicted", 70.0)
     wanted = "python -m microbench tune --kernel fake --chip v6e --case right"
@@ -90,18 +87,18 @@ def test_the_best_plan_is_found_and_kept_with_its_provenance(kernel, times, caps
 
 
 def test_without_save_nothing_is_written(kernel, times):
-    before = kernel.read_text()
+    before = kernel.path.read_text()
     times(lambda plan, case: 100 - plan.block)
-    assert run() == 0 and kernel.read_text() == before
+    assert run() == 0 and kernel.path.read_text() == before
 
 
 def test_a_tie_leaves_the_cost_model_its_plan_and_takes_back_an_old_entry(kernel, times, capsys):
     times(lambda plan, case: 100 - 50 * (plan.block == 32))
     run("--save", "--case", "right")
-    assert tuning.load(kernel, SCHEMA).entries
+    assert kernel.read().entries
     times(lambda plan, case: 100 * (1 - 0.9 * TIE * (plan.block == 32)))
     run("--save", "--case", "right")
-    assert not tuning.load(kernel, SCHEMA).entries
+    assert not kernel.read().entries
     assert "the cost model's plan stays" in capsys.readouterr().out
 
 
@@ -115,18 +112,18 @@ def test_cases_of_one_entry_are_tuned_together(kernel, times, monkeypatch):
 
     times(formula)
     run("--save")
-    assert not tuning.load(kernel, SCHEMA).entries  # 0.5 for one is not worth 4 for the other
+    assert not kernel.read().entries  # 0.5 for one is not worth 4 for the other
 
 
 def test_entries_of_other_problems_stay(kernel, times):
     times(lambda plan, case: 100 - plan.block)
     run("--save", "--case", "right")
     run("--save", "--case", "other")
-    assert {entry.key["rows"] for entry in tuning.load(kernel, SCHEMA).entries} == {64, 128}
+    assert {entry.key["rows"] for entry in kernel.read().entries} == {64, 128}
 
 
 def test_a_kernel_without_a_table_is_refused(kernel, times, capsys):
-    del sys.modules["fake.plan"].CHOICES
+    del sys.modules["fake.plan"].PLANS
     times(lambda plan, case: 1.0)
     assert run() == 2
     assert "fake has no table of plans to tune" in capsys.readouterr().err
@@ -136,9 +133,10 @@ def test_a_kernel_without_a_table_is_refused(kernel, times, capsys):
 def test_choices_are_fields_of_the_plan(kernel_name):
     suite = cases.load(kernel_name)
     case = suite.CASES[0]
-    rooms = __import__(f"{kernel_name}.plan", fromlist=["CHOICES"])
+    rooms = __import__(f"{kernel_name}.plan", fromlist=["PLANS"])
     for chip in suite.chips(case):
         found = suite.explain(case, chip)
         fields = dataclasses.asdict(found.plan)
-        assert set(rooms.CHOICES) <= set(fields)
-        assert rooms.SCHEMA.key.keys() == rooms.key(found.problem).keys()
+        assert set(rooms.PLANS.choices) <= set(fields)
+        schema = rooms.PLANS.table.schema
+        assert schema.key.keys() == rooms.PLANS.key(found.problem).keys()

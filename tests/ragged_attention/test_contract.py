@@ -13,6 +13,7 @@ import ragged_attention as ra
 from ragged_attention import api
 from tests.ragged_attention import oracle
 from tests.ragged_attention.oracle import random_batch
+from tpukit import planning
 from tpukit.chips import chip as chip_named
 from tpukit.errors import ArgumentError, UnsupportedError
 
@@ -246,7 +247,7 @@ def test_auto_runs_what_can_run(chip, monkeypatch):
     ran = []
     for name in ("by_reference", "launch"):
         monkeypatch.setattr(api, name, lambda *_, name=name: ran.append(name))
-    monkeypatch.setattr(api, "current_chip", lambda: chip and chip_named(chip))
+    monkeypatch.setattr(planning, "current_chip", lambda: chip and chip_named(chip))
     call()
     assert ran.pop() == ("launch" if chip else "by_reference")
     call(plan=dataclasses.replace(PLAN, keys=2**16, tiles=8))  # which fits no chip
