@@ -7,7 +7,10 @@ import re
 
 KERNEL_CALL = 'custom_call_target="tpu_custom_call"'
 
-_OPERATION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
+_OPERATION = re.compile(
+    r"^  (?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$", re.DOTALL
+)
+_NEXT = re.compile(r"\n(?=  (?:ROOT )?%?[\w.\-]+ = )")  # an attribute may hold line breaks
 # An attribute may hold line breaks and braces: only these two endings close a computation.
 _COMPUTATION = re.compile(
     r"^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)\n\}(|, execution_thread=[^\n]*)$",
@@ -52,7 +55,7 @@ def computations(text: str) -> list[Computation]:
             core="sparsecore" if "sparsecore" in thread else "tensorcore",
             operations=tuple(
                 Operation(*match.groups(), line=line)
-                for line in body.splitlines()
+                for line in _NEXT.split(body)
                 if (match := _OPERATION.match(line)) is not None
             ),
         )

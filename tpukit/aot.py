@@ -153,7 +153,7 @@ def compile_for(
     chip: str,
     topology: str | None = None,
     mesh_axes: Mapping[str, int] | None = None,
-    in_specs: Sequence[PartitionSpec | None] | None = None,
+    in_specs: Sequence[Any] | None = None,
     describe: str = "",
     plan: Any = None,
     fits: Callable[[int], Any] | None = None,
@@ -167,7 +167,8 @@ def compile_for(
       chip: a name in `chips.CHIPS`.
       topology: the devices to compile for; the chip's smallest topology unless given.
       mesh_axes: name and size of each mesh axis over those devices; one device unless given.
-      in_specs: a partition of each argument over `mesh_axes`; None is replicated.
+      in_specs: a partition of each argument over `mesh_axes`, or a tree of them that is a prefix of
+        the argument; None is replicated.
       describe: what is compiled, for error messages about kernels that have no name.
       plan: the block sizes in use, for error messages.
       fits: given the bytes of VMEM there are, returns the nearest plan that fits or None.
@@ -388,7 +389,7 @@ def _with_shardings(
     mesh: Mesh,
     devices: Sequence[Any],
     mesh_axes: Mapping[str, int] | None,
-    in_specs: Sequence[PartitionSpec | None] | None,
+    in_specs: Sequence[Any] | None,
 ) -> list[Any]:
     specs = list(in_specs) if in_specs is not None else [None] * len(args)
     if len(specs) != len(args) or (in_specs is not None and mesh_axes is None):
@@ -399,15 +400,21 @@ def _with_shardings(
             expected=f"one for each of the {len(args)} arguments, and mesh_axes",
         )
 
+    def is_spec(tree: Any) -> bool:
+        return isinstance(tree, PartitionSpec)
+
     def shaped(leaf: Any, sharding: Sharding) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     result = []
     for arg, spec in zip(args, specs, strict=True):
-        sharding: Sharding = SingleDeviceSharding(devices[0])
-        if mesh_axes is not None:
-            sharding = NamedSharding(mesh, spec if spec is not None else PartitionSpec())
-        result.append(jax.tree.map(functools.partial(shaped, sharding=sharding), arg))
+        if mesh_axes is None:
+            alone = SingleDeviceSharding(devices[0])
+            result.append(jax.tree.map(functools.partial(shaped, sharding=alone), arg))
+            continue
+        spec = PartitionSpec() if spec is None else spec
+        sharding = jax.tree.map(functools.partial(NamedSharding, mesh), spec, is_leaf=is_spec)
+        result.append(jax.tree.map(shaped, arg, jax.tree.broadcast(sharding, arg)))
     return result
 
 

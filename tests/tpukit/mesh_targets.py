@@ -67,3 +67,49 @@ def alone(chip):
     """A program of one device."""
     del chip
     return jax.jit(lambda x: x + 1), (jax.ShapeDtypeStruct((8, 128), jnp.float32),)
+
+
+def layers(chip, devices=8, sends=(2,), lengths=(4,)):
+    """A loop of `lengths[device]` turns in a kernel of its own, XLA's product, then rings."""
+    del chip
+
+    def kernel(lengths, x, out):
+        out[...] = x[...]
+
+        def turn(_, none):
+            out[...] = out[...] * 2
+
+        lax.fori_loop(0, lengths[0], turn, None)
+
+    def local(lengths, x):
+        return pl.pallas_call(
+            kernel,
+            name="local",
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(1,),
+                in_specs=[pl.BlockSpec(x.shape, lambda *_: (0, 0))],
+                out_specs=pl.BlockSpec(x.shape, lambda *_: (0, 0)),
+            ),
+            out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        )(lengths, x)
+
+    split, (ring_fn, (_, x), _) = jax.P("x"), ring("", devices)
+    counts = np.zeros((len(sends), devices, 1024), np.int32)
+    counts[:, :, 0], counts[:, :, 1] = np.array(sends)[:, None], np.arange(devices)
+
+    def fn(tree, x):
+        y = jax.shard_map(local, in_specs=split, out_specs=split, check_vma=False)(
+            tree["lengths"], x
+        )
+        y = jnp.cos(y)
+        for i in range(len(sends)):
+            y = ring_fn(tree["counts"][i], y)
+        return y
+
+    tree = {
+        "lengths": np.resize(np.array(lengths, np.int32), devices),
+        "counts": counts,
+    }
+    specs = ({"lengths": split, "counts": jax.P(None, "x")}, split)
+    return jax.jit(fn), (tree, x), {"mesh_axes": {"x": devices}, "in_specs": specs}

@@ -93,6 +93,27 @@ def test_scalars_of_each_device_steer_it():
     assert {kernel.moved["to other devices"] for kernel in few.kernels} == {SIZE}
 
 
+def test_kernels_beside_it_are_replayed_where_they_take_longest():
+    arguments = {"lengths": [4] * 7 + [20], "sends": [2]}
+    found = predict_mesh("tests.tpukit.mesh_targets:layers", "tpu7x", arguments)
+    (local,) = found.others
+    (short,) = predict_mesh(
+        "tests.tpukit.mesh_targets:layers", "tpu7x", {"lengths": [4], "sends": [2]}
+    ).others
+    assert local.name.startswith("local")
+    assert local.cycles > 2 * short.cycles
+    assert {kernel.moved["to other devices"] for kernel in found.kernels} == {2 * SIZE}
+    parts = local.milliseconds + found.kernel_milliseconds + found.glue_milliseconds
+    assert found.milliseconds == pytest.approx(parts)
+    assert any(op.source.endswith("cos") for op in found.glue)
+    assert found.argument_bytes > found.output_bytes >= SIZE
+
+
+def test_two_kernels_with_messages_are_refused():
+    with pytest.raises(errors.ArgumentError, match="2 of whose 3 kernels"):
+        predict_mesh("tests.tpukit.mesh_targets:layers", "tpu7x", {"sends": [2, 2]})
+
+
 def test_wraps_shorten_the_way():
     arguments = {"devices": 32, "ways": 16, "topology": "tpu7x:2x2x4"}
     mesh = predict_mesh(TARGET, "tpu7x", arguments)

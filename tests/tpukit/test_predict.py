@@ -242,6 +242,9 @@ def test_values():
     assert values.signed(0xFFFFFFFF) == -1
     assert values.shift_signed(0x80000000, 4) == 0xF8000000
     assert values.shift_left(1, 32) == 0
+    assert values.shift_left_ones(0, 3) == 7
+    assert values.shift_left_ones(4, 2) == 19
+    assert values.shift_left_ones(0, 32) == values.shift_left_ones(9, 40) == 0xFFFFFFFF
     assert values.shift_right(0x80000000, 31) == 1
     assert values.signed_minimum(0xFFFFFFFF, 1) == 0xFFFFFFFF
     assert values.minimum(0xFFFFFFFF, 1) == 1

@@ -128,7 +128,10 @@ def _kernels(
 
 def take(waiting: list[KernelCall], op: hlo.Op) -> KernelCall:
     """The call that became this kernel: the first of its name, or without one, that is left."""
-    base = re.sub(r"[^\w]", "_", re.sub(r"\.\d+$", "", op.name))
+    own = re.sub(
+        r"\.\d+(\..*)?$", "", op.name
+    )  # the compiler's number, the operand that it becomes
+    base = re.sub(r"[^\w]", "_", own)
     base = re.sub(r"^(?:(?:transpose|jvp|vmap)_)+(\w*?)_+$", r"\1", base)  # of a transformation
     for call in waiting:
         named = re.sub(r"[^\w]", "_", call.name)
@@ -223,7 +226,8 @@ def glue(folder: Path, ops: Sequence[hlo.Op], constants: Rates) -> list[GluePred
         milliseconds, how = done.get(dump) if dump else None, "replayed"
         if milliseconds is None:
             milliseconds, how = _estimatedglue(op, constants)
-        found.append(GluePrediction(op.name, op.opcode, op.core, milliseconds * op.repeats, how))
+        milliseconds *= op.repeats
+        found.append(GluePrediction(op.name, op.opcode, op.core, milliseconds, how, op.source))
     return found
 
 

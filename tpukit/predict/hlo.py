@@ -111,6 +111,8 @@ class Op:
       results, operands: arrays; operands in order.
       repeats: how often it runs: trip counts of the loops around it.
       estimate: XLA's own estimate in cycles, or None.
+      messages: whether it is a kernel that says that it reaches other devices.
+      source: the operation of the traced program that it belongs to, "" if that is not said.
     """
 
     name: str
@@ -121,6 +123,8 @@ class Op:
     operands: tuple[Shape, ...]
     repeats: int
     estimate: int | None
+    messages: bool = False
+    source: str = ""
 
     @property
     def hbm_bytes(self) -> int:
@@ -187,6 +191,7 @@ def _ops(program: dict[str, Computation], name: str, repeats: int, core: str) ->
             continue
         operands = _OPERAND.findall(operation.rest.split(")", 1)[0])
         estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+        source = re.search(r'op_name="([^"]*)"', line)
         found.append(
             Op(
                 name=operation.name,
@@ -197,6 +202,8 @@ def _ops(program: dict[str, Computation], name: str, repeats: int, core: str) ->
                 operands=tuple(s for o in operands for s in shapes(types.get(o, ""))),
                 repeats=repeats,
                 estimate=int(estimate[1]) if estimate else None,
+                messages='"has_communication":true' in line,
+                source=source[1] if source else "",
             )
         )
     return found

@@ -38,6 +38,7 @@ ARITHMETIC = {
     "sor.u32": "{0} | {1}",
     "sxor.u32": "{0} ^ {1}",
     "sshll.u32": "shift_left({0}, {1})",
+    "sshllo.u32": "shift_left_ones({0}, {1})",
     "sshrl.u32": "shift_right({0}, {1})",
     "sshra.s32": "shift_signed({0}, {1})",
     "smin.u32": "minimum({0}, {1})",

@@ -18,48 +18,55 @@ from tpukit.predict import api, hlo, program
 from tpukit.predict.cluster import Cluster
 from tpukit.predict.links import Links, grid_of, link_rates
 from tpukit.predict.machine import Operand
-from tpukit.predict.rates import rates
+from tpukit.predict.rates import Rates, rates
 from tpukit.predict.report import GluePrediction, KernelPrediction, kernel_lines, summarise
 from tpukit.predict.scalars import kernel_calls
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshPrediction:
-    """A predicted run of a program with one kernel on the devices of a mesh.
+    """A predicted run of a program on the devices of a mesh, one kernel of which sends messages.
 
     Attributes:
       chip, wraps: what it was predicted for.
-      kernels: the kernel on each device.
+      kernels: that kernel on each device.
+      others: the kernels that send none, each on the device where it takes longest.
       glue: what XLA runs beside it, the same on all devices.
       links_milliseconds: how long the busiest link carries messages.
       alone_milliseconds: the kernel's time if messages took no time.
-      temp_bytes: of HBM that a device needs besides arguments and outputs.
+      temp_bytes, argument_bytes, output_bytes: of HBM of a device.
+      hlo: the optimised program.
       versions: of jax and libtpu.
     """
 
     chip: str
     wraps: bool
     kernels: tuple[KernelPrediction, ...]
+    others: tuple[KernelPrediction, ...]
     glue: tuple[GluePrediction, ...]
     links_milliseconds: float
     alone_milliseconds: float
     temp_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    hlo: str = dataclasses.field(repr=False)
     versions: Mapping[str, str]
 
     @property
     def kernel_milliseconds(self) -> float:
-        """Until the last device is done."""
+        """Of the kernel that sends messages, until the last device is done."""
         return max(kernel.milliseconds for kernel in self.kernels)
 
     @property
     def glue_milliseconds(self) -> float:
-        """Of what XLA runs beside the kernel."""
+        """Of what XLA runs beside the kernels."""
         return sum(op.milliseconds for op in self.glue)
 
     @property
     def milliseconds(self) -> float:
         """Of the whole program."""
-        return self.kernel_milliseconds + self.glue_milliseconds
+        others = sum(kernel.milliseconds for kernel in self.others)
+        return self.kernel_milliseconds + others + self.glue_milliseconds
 
     @property
     def roofline(self) -> float:
@@ -110,10 +117,12 @@ def predict_mesh(
     spans: Sequence[int] = (),
     timeout: float = 600.0,
 ) -> MeshPrediction:
-    """Predicts a program that runs one kernel on every device of a mesh.
+    """Predicts a program that runs a kernel that sends messages on every device of a mesh.
 
     All devices replay the kernel's final schedule together, each with its own scalars; messages
-    between them share the links of `tpukit.predict.links`.
+    between them share the links of `tpukit.predict.links`. Kernels that send none are replayed for
+    the devices whose scalars differ. Collectives of XLA's are among the `glue` with the time that
+    their bytes take in HBM, which is no prediction.
 
     Args:
       target: "package.module:function", as for `aot.static_report`; the function returns
@@ -126,8 +135,8 @@ def predict_mesh(
       timeout: seconds the compilation may take.
 
     Raises:
-      ArgumentError, UnsupportedError: no such chip, constants that are not known, more than one
-        kernel or none.
+      ArgumentError, UnsupportedError: no such chip, constants that are not known, not one kernel
+        that sends messages.
       KernelResourceError, KernelCompileError, ToolchainError, ListingError, ReplayError: as
         `predict` does.
     """
@@ -137,16 +146,11 @@ def predict_mesh(
         folder = Path(scratch)
         answer = aot.compile_and_dump(target, chip, folder, timeout=timeout, **arguments)
         ops = hlo.parse(answer["hlo"])
-        kernels = [op for op in ops if op.kernel and op.core == "tensorcore"]
-        if len(kernels) != 1:
-            raise errors.ArgumentError(
-                where="predict_mesh",
-                argument="target",
-                got=f"is {target!r} with {len(kernels)} kernels",
-                expected="a program with one kernel",
-            )
-        dump = dumps.read(folder, kernels[0].name, chips.chip(chip))
-        operands = _operands_of_devices(kernels[0], fn, args, chip, options)
+        talker = _talker(target, ops)
+        steered = _operands_of_devices(ops, fn, args, chip, options)
+        operands = steered.pop(talker.name)
+        dump = dumps.read(folder, talker.name, chips.chip(chip))
+        others = tuple(_slowest(folder, name, found, constants) for name, found in steered.items())
         glue = api.glue(folder, ops, constants)
     with aot.as_if_on(chip):
         grid = grid_of(aot.devices(chip, options.get("topology"))[: len(operands)], wraps)
@@ -166,10 +170,14 @@ def predict_mesh(
         chip=constants.chip,
         wraps=wraps,
         kernels=tuple(reports),
+        others=others,
         glue=tuple(glue),
         links_milliseconds=max(cluster.links.busy.values(), default=0.0) / per_ms,
         alone_milliseconds=max(one.now for one in alone.members) / per_ms,
         temp_bytes=answer["temp_bytes"],
+        argument_bytes=answer["argument_bytes"],
+        output_bytes=answer["output_bytes"],
+        hlo=answer["hlo"],
         versions=answer["versions"],
     )
 
@@ -190,17 +198,53 @@ def _built(target: str, chip: str, arguments: Mapping[str, Any]) -> tuple[Any, A
     return fn, args, options
 
 
+def _kernels(ops: Sequence[hlo.Op]) -> list[hlo.Op]:
+    """The kernels on the TensorCore."""
+    return [op for op in ops if op.kernel and op.core == "tensorcore"]
+
+
+def _talker(target: str, ops: Sequence[hlo.Op]) -> hlo.Op:
+    """The kernel that sends messages, or the only one.
+
+    Raises:
+      ArgumentError: there is none, or more than one.
+    """
+    kernels = _kernels(ops)
+    found = kernels if len(kernels) == 1 else [op for op in kernels if op.messages]
+    if len(found) != 1:
+        raise errors.ArgumentError(
+            where="predict_mesh",
+            argument="target",
+            got=f"is {target!r}, {len(found)} of whose {len(kernels)} kernels send messages",
+            expected="a program with one such kernel",
+        )
+    return found[0]
+
+
 def _operands_of_devices(
-    op: hlo.Op, fn: Any, args: Any, chip: str, options: dict[str, Any]
-) -> list[dict[int, Operand]]:
-    """Sizes of the kernel's operands, and values of scalars, on each device."""
+    ops: Sequence[hlo.Op], fn: Any, args: Any, chip: str, options: dict[str, Any]
+) -> dict[str, list[dict[int, Operand]]]:
+    """Sizes of each kernel's operands, and values of scalars, on each device."""
     traced = aot.traced_for(fn, args, chip, options)
     leaves = jax.tree.leaves(args)
-    found = []
+    found: dict[str, list[dict[int, Operand]]] = {op.name: [] for op in _kernels(ops)}
     for place in _places(options["mesh_axes"]):
         calls = kernel_calls(traced.jaxpr, leaves, place)
-        found.append(api.operands(op, api.take(calls, op)))
+        for op in _kernels(ops):
+            found[op.name].append(api.operands(op, api.take(calls, op)))
     return found
+
+
+def _slowest(
+    folder: Path, name: str, operands: Sequence[dict[int, Operand]], constants: Rates
+) -> KernelPrediction:
+    """A kernel that sends nothing, where it takes longest; equal devices are replayed once."""
+    different = {
+        tuple(None if one.words is None else one.words.tobytes() for one in device.values()): device
+        for device in operands
+    }
+    found = (api.replay(folder, name, device, constants) for device in different.values())
+    return max(found, key=lambda kernel: kernel.cycles)
 
 
 def _places(axes: Mapping[str, int]) -> Iterator[dict[str, int]]:

@@ -128,6 +128,7 @@ class GluePrediction:
       name, opcode, core: of the operation.
       milliseconds: predicted, over all its runs.
       how: "replayed", "bytes" (at the bandwidth of HBM) or "compiler" (its own estimate).
+      source: the operation of the traced program that it belongs to, "" if that is not said.
     """
 
     name: str
@@ -135,6 +136,7 @@ class GluePrediction:
     core: str
     milliseconds: float
     how: str
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,6 +75,13 @@ def shift_left(value: Any, by: Any) -> Any:
     return value << by & MASK if by < 32 else 0
 
 
+def shift_left_ones(value: Any, by: Any) -> Any:
+    """The same with ones from the right: of 0, a mask of the lowest `by` bits."""
+    if value is UNKNOWN or by is UNKNOWN:
+        return UNKNOWN
+    return shift_left(value, by) | (1 << min(by, 32)) - 1
+
+
 def shift_right(value: Any, by: Any, width: int = 32) -> Any:
     """Logical shift; all bits are lost from `width` on."""
     if value is UNKNOWN or by is UNKNOWN:
