@@ -6,10 +6,8 @@ import ast
 import re
 from collections.abc import Iterator
 
-PACKAGES = frozenset(
-    {"fused_moe", "gather_reduce", "gla", "microbench", "ragged_attention", "reference", "tpukit"}
-)
 KERNELS = frozenset({"fused_moe", "gather_reduce", "gla", "ragged_attention"})
+PACKAGES = KERNELS | {"adapters", "microbench", "reference", "tpukit"}
 HOUSE = PACKAGES | {"tests"}
 
 _ARRAYS = frozenset({"jax", "jaxlib", "numpy", "ml_dtypes"})
@@ -21,6 +19,7 @@ MAY_IMPORT = {
     "gather_reduce": _ARRAYS | {"reference", "tpukit"},
     "ragged_attention": _ARRAYS | {"reference", "tpukit"},
     "fused_moe": _ARRAYS | {"reference", "tpukit", "gather_reduce"},
+    "adapters": _ARRAYS | {"reference", "tpukit"} | KERNELS,
     "microbench": _ARRAYS | {"absl", "reference", "tpukit"} | KERNELS,
 }
 ONLY_IN = {

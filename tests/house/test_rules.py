@@ -109,6 +109,9 @@ def test_every_package_is_typed_and_described():
         ("gla/x.py", "import importlib\nimportlib.import_module('tests.gla')"),
         ("gla/x.py", "__import__('microbench')"),
         ("gather_reduce/x.py", "import fused_moe"),
+        ("adapters/x.py", "import microbench"),
+        ("gla/x.py", "from adapters import sglang_jax"),
+        ("microbench/x.py", "from adapters import sglang_jax"),
         ("microbench/x.py", "from tests import house"),
         ("microbench/x.py", "import torch"),
     ],
@@ -124,6 +127,7 @@ def test_an_import_against_the_arrows_is_caught(path, source):
         ("gla/x.py", "import reference.gla\nfrom tpukit import buffers"),
         ("fused_moe/x.py", "import gather_reduce"),
         ("tpukit/pytest_plugin.py", "import pytest"),
+        ("adapters/x.py", "import gla, ragged_attention, reference.gla, tpukit.errors"),
         ("microbench/x.py", "import gla, absl.flags"),
     ],
 )

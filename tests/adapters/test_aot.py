@@ -1,0 +1,79 @@
+"""The stacks' calls compile for a TPU into one kernel, with nothing of a cache's size beside it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from adapters import sglang_jax
+from tests.adapters import targets
+from tpukit import aot
+
+CHIP = "tpu7x"
+BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+
+
+def array(*shape, dtype=I32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def sizes(op):
+    """Elements of each array that an operation gives."""
+    for dims in re.findall(r"\w+\[([\d,]*)\]", op.shape):
+        size = 1
+        for dim in filter(None, dims.split(",")):
+            size *= int(dim)
+        yield size
+
+
+def large(compiled, elements):
+    """Operations beside the kernels whose results have so many elements, or more."""
+    return [f"{op.name} {op.shape}" for op in compiled.other_ops if max(sizes(op)) >= elements]
+
+
+def compiled(fn, *args, donate=(), kernels=1):
+    found = aot.compile_for(jax.jit(fn, donate_argnums=donate), *args, chip=CHIP)
+    assert len(found.kernels) == kernels, found.kernels
+    return found
+
+
+def decode(transposed=False):
+    heads, dim, requests = 8, 128, 16
+    x = array(requests, heads, dim, dtype=BF16)
+    pool = array(64, heads, dim, dim, dtype=F32)
+    slots, has = array(requests), array(requests, dtype=jnp.bool_)
+
+    def fn(q, k, v, pool, slots, has, g_gamma):
+        pool = pool.swapaxes(2, 3) if transposed else pool
+        return sglang_jax.decode_simple_gla_fused(q, k, v, pool, slots, has, g_gamma=g_gamma)
+
+    return compiled(fn, x, x, x, pool, slots, has, array(heads, dtype=F32), donate=3), pool.size
+
+
+def test_simple_gla_decode_moves_no_pool():
+    found, size = decode()
+    assert large(found, size // 2) == []
+
+
+def test_a_pool_that_is_moved_is_caught():
+    found, size = decode(transposed=True)
+    assert large(found, size // 2)
+
+
+def test_simple_gla_prefill():
+    x, states = array(1, 256, 8, 128, dtype=BF16), array(4, 8, 128, 128, dtype=F32)
+
+    def fn(q, k, v, h0, bounds, g_gamma):
+        return sglang_jax.simple_gla_fwd(
+            q, k, v, g_gamma=g_gamma, h0=h0, use_ht=True, cu_seqlens_dev=bounds
+        )
+
+    compiled(fn, x, x, x, states, array(5), array(8, dtype=F32))
+
+
+@pytest.mark.parametrize("target", ["dense", "ragged"])
+def test_gather_reduce(target, tmp_path):
+    """In a process of its own: a bad SparseCore program can end the process."""
+    found = aot.compile_and_dump(f"{targets.__name__}:{target}", CHIP, tmp_path)
+    assert len(found["sparse_kernels"]) == 1
