@@ -23,12 +23,16 @@ def refuse_given(where: str, advice: str = "", **arguments: Any) -> None:
             refuse(where, name, "is given", "None", advice)
 
 
-def refuse_debugging(where: str, debug_mode: bool) -> None:
-    """Raises an `ArgumentError` for a mode that computes nothing.
+def refuse_modes(
+    where: str, debug_mode: bool, *, skip_kv_mask: bool = False, causal: bool = False
+) -> None:
+    """Raises an `ArgumentError` for a mode that computes nothing, or that contradicts another.
 
     Raises:
-      ArgumentError: it is asked for.
+      ArgumentError: one is asked for.
     """
     if debug_mode:
         advice = "There is no mode without results; interpret the kernel instead."
         refuse(where, "debug_mode", "is True", "False", advice)
+    if skip_kv_mask and causal:
+        refuse(where, "skip_kv_mask", "is True", "False with a causal mask")

@@ -11,10 +11,22 @@ import jax
 import jax.numpy as jnp
 
 import gla
-from adapters.refusals import refuse, refuse_given
+from adapters import paged
+from adapters.paged import new_kv_cache, new_mla_cache
+from adapters.refusals import refuse, refuse_given, refuse_modes
+from ragged_attention import KVCache
 from tpukit import checks
 
-__all__ = ["decode_simple_gla_fused", "simple_gla_fwd"]
+__all__ = [
+    "decode_simple_gla_fused",
+    "mla_ragged_paged_attention",
+    "new_kv_cache",
+    "new_mla_cache",
+    "ragged_paged_attention",
+    "simple_gla_fwd",
+]
+
+_MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # the stack's default; ignored
 
 
 def simple_gla_fwd(
@@ -128,3 +140,178 @@ def decode_simple_gla_fused(
         q, k, v, recurrent_buffer, slots, bounds, has_initial_state.astype(bool), decay=decay,
         scale=scale,
     )  # fmt: skip
+
+
+def ragged_paged_attention(  # noqa: PLR0913  (the stack's)
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    kv_cache_fused: KVCache | jax.Array,
+    kv_lens: jax.Array,
+    page_indices: jax.Array,
+    cu_q_lens: jax.Array,
+    cu_kv_lens: jax.Array,
+    distribution: jax.Array,
+    custom_mask: jax.Array | None,
+    attention_sink: jax.Array | float | None = None,
+    *,
+    causal: int = 1,
+    sm_scale: float = 1.0,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    mask_value: float | None = _MASK_VALUE,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    xai_temperature_len: float | None = None,
+    softmax_dtype: Any = None,
+    chunk_prefill_size: int | None = None,
+    d_block_sizes: tuple[int, int, int, int] | None = None,
+    p_block_sizes: tuple[int, int, int, int] | None = None,
+    m_block_sizes: tuple[int, int, int, int] | None = None,
+    vmem_limit_bytes: int | None = None,
+    out_dtype: Any = None,
+    skip_kv_mask: bool = False,
+    disable_semaphore_checks: bool = True,
+    debug_mode: bool = False,
+    mask_aligned_to_cu_kv: bool = False,
+) -> tuple[jax.Array, Any]:
+    """`kernels.ragged_paged_attention.ragged_paged_attention_v3`, as `ragged_attention`'s.
+
+    Args:
+      queries: [tokens, q_heads, dim].
+      keys, values: [tokens, kv_heads, dim] in the cache's type, divided by their scales.
+      kv_cache_fused: of `new_kv_cache`, or the stack's [pages, page_size, 2 * kv_heads / packing,
+        packing, dim up to 128s], keys and values of a head side by side, which is converted, see
+        `adapters.paged`. Donate it.
+      kv_lens, cu_q_lens, distribution, page_indices, cu_kv_lens: see `paged.Requests`.
+      custom_mask: flat mask of drafts, int32 or bool, 1 where a key is seen: a row of kv_len keys
+        for each query token. Read where causal is 0. Keys before the query tokens have to be seen,
+        later query tokens not; of more than 64 query tokens, all earlier ones. A token whose row is
+        something else gets NaN.
+      attention_sink: [q_heads], or one number.
+      causal: 1: causal; 0: as custom_mask says, or everything where there is none.
+      sm_scale, sliding_window, soft_cap, out_dtype: as there.
+      q_scale: queries are divided by it, rounded to the cache's type and multiplied by it.
+      k_scale, v_scale: of what the cache holds.
+      xai_temperature_len: a whole number: logits of a query at a later position p are multiplied by
+        log(p) / log(xai_temperature_len), before the soft cap, as in the stack's kernel.
+      mask_aligned_to_cu_kv: rows of the mask are as long as cu_kv_lens says.
+      mask_value, softmax_dtype, chunk_prefill_size, d_block_sizes, p_block_sizes, m_block_sizes,
+        vmem_limit_bytes, skip_kv_mask, disable_semaphore_checks: ignored; the softmax is float32.
+      debug_mode: False.
+
+    Returns:
+      [tokens, q_heads, dim], 0 for tokens of no request and queries that see nothing, and the
+      cache, of the kind that was given.
+
+    Raises:
+      ArgumentError, UnsupportedError: as there.
+    """
+    where = "ragged_paged_attention"
+    del mask_value, softmax_dtype, chunk_prefill_size, d_block_sizes, p_block_sizes, m_block_sizes
+    del vmem_limit_bytes, disable_semaphore_checks
+    refuse_modes(where, debug_mode, skip_kv_mask=skip_kv_mask, causal=bool(causal))
+    checks.check_choice(where, "causal", causal, (0, 1))
+    if xai_temperature_len is not None:
+        if xai_temperature_len != int(xai_temperature_len):
+            refuse(where, "xai_temperature_len", f"is {xai_temperature_len}", "a whole number")
+        xai_temperature_len = int(xai_temperature_len)
+    requests = paged.Requests(kv_lens, cu_q_lens, page_indices, distribution, cu_kv_lens)
+    words = drafts = None
+    if custom_mask is not None and not causal:
+        widths = cu_kv_lens[1:] - cu_kv_lens[:-1] if mask_aligned_to_cu_kv else kv_lens
+        words, drafts = paged.ancestors_of(custom_mask, requests, widths, queries.shape[0])
+    out, cache = paged.attend(
+        where,
+        queries,
+        keys,
+        values,
+        kv_cache_fused,
+        requests,
+        causal=bool(causal) or words is not None,
+        ancestors=words,
+        window=sliding_window,
+        sinks=attention_sink,
+        soft_cap=soft_cap,
+        sm_scale=sm_scale,
+        temperature_len=xai_temperature_len,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out_dtype=out_dtype,
+    )
+    return out if drafts is None else jnp.where(drafts[:, None, None], out, jnp.nan), cache
+
+
+def mla_ragged_paged_attention(  # noqa: PLR0913  (the stack's)
+    ql_nope: jax.Array,
+    q_pe: jax.Array,
+    new_kv_c: jax.Array,
+    new_k_pe: jax.Array,
+    cache_kv: KVCache | jax.Array,
+    kv_lens: jax.Array,
+    page_indices: jax.Array,
+    cu_q_lens: jax.Array,
+    cu_kv_lens: jax.Array,
+    distribution: jax.Array,
+    *,
+    sm_scale: float = 1.0,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    mask_value: float | None = _MASK_VALUE,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    chunk_prefill_size: int | None = None,
+    num_kv_pages_per_block: tuple[int, int, int] | int | None = None,
+    num_queries_per_block: tuple[int, int, int] | int | None = None,
+    vmem_limit_bytes: int | None = None,
+    decode_batch_size: int = 1,
+    debug_mode: bool = False,
+) -> tuple[jax.Array, Any]:
+    """`kernels.mla.v2.kernel`, as `ragged_attention.mla_ragged_paged_attention`.
+
+    Args:
+      ql_nope: [tokens, heads, rank].
+      q_pe: [tokens, heads, rope_dim].
+      new_kv_c, new_k_pe: [tokens, rank] and [tokens, rope_dim] in the cache's type, divided by
+        their scale.
+      cache_kv: of `new_mla_cache`, or the stack's [pages, page_size / packing, packing, 640], which
+        is converted, see `adapters.paged`. Donate it.
+      kv_lens, cu_q_lens, distribution, page_indices, cu_kv_lens: see `paged.Requests`.
+      sm_scale, sliding_window, soft_cap: as there.
+      q_scale, k_scale: logits are multiplied by both.
+      v_scale: the result is multiplied by it.
+      mask_value, chunk_prefill_size, num_kv_pages_per_block, num_queries_per_block,
+        vmem_limit_bytes, decode_batch_size: ignored.
+      debug_mode: False.
+
+    Returns:
+      [tokens, heads, rank] in the dtype of ql_nope, and the cache, of the kind that was given.
+
+    Raises:
+      ArgumentError, UnsupportedError: as there.
+    """
+    where = "mla_ragged_paged_attention"
+    del mask_value, chunk_prefill_size, num_kv_pages_per_block, num_queries_per_block
+    del vmem_limit_bytes, decode_batch_size
+    refuse_modes(where, debug_mode)
+    dims = checks.Dims(where)
+    dims.bind("ql_nope", ql_nope, "tokens heads rank")
+    dims.bind("q_pe", q_pe, "tokens heads rope_dim")
+    return paged.attend_latent(
+        where,
+        ql_nope,
+        q_pe,
+        new_kv_c,
+        new_k_pe,
+        cache_kv,
+        paged.Requests(kv_lens, cu_q_lens, page_indices, distribution, cu_kv_lens),
+        sm_scale=sm_scale,
+        window=sliding_window,
+        soft_cap=soft_cap,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )

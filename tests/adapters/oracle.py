@@ -48,3 +48,37 @@ def softmax_over(logits, sink=None):
     top = max([*logits, -math.inf if sink is None else sink])
     weights = np.exp(logits - top)
     return weights / (weights.sum() + (0 if sink is None else math.exp(sink - top)))
+
+
+def visible(q_len, kv_len, causal=True, window=None, tree=None):
+    """[q_len, kv_len] who sees whom; `tree` [q_len, q_len] is for the query tokens among them."""
+    position = np.arange(kv_len - q_len, kv_len)[:, None]
+    key = np.arange(kv_len)[None]
+    seen = np.broadcast_to(key <= position, (q_len, kv_len)) | (not causal)
+    if tree is not None:
+        seen = np.concatenate([np.ones((q_len, kv_len - q_len), bool), tree], axis=1)
+    return seen & (key > position - window) if window else seen
+
+
+def attend(q, keys, values, seen, scale, soft_cap=None, sinks=None, temperatures=None):
+    """[tokens, q_heads, value_dim]: every head of every query by itself.
+
+    Args:
+      q: [tokens, q_heads, dim].
+      keys, values: [keys, kv_heads, dim] each.
+      seen: [tokens, keys].
+      scale: of the logits.
+      soft_cap: of the scaled logits.
+      sinks: [q_heads] logits.
+      temperatures: [tokens] that logits are multiplied by before the cap.
+    """
+    q, keys, values = map(f64, (q, keys, values))
+    group = q.shape[1] // keys.shape[1]
+    out = np.zeros((*q.shape[:2], values.shape[2]))
+    for t, h in np.ndindex(*q.shape[:2]):
+        logits = scale * keys[seen[t], h // group] @ q[t, h]
+        logits = logits if temperatures is None else logits * temperatures[t]
+        logits = logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
+        weights = softmax_over(logits, None if sinks is None else sinks[h])
+        out[t, h] = weights @ values[seen[t], h // group]
+    return out

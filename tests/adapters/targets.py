@@ -1,4 +1,4 @@
-"""Programs for `tpukit.aot`, which compiles them in processes of their own."""
+"""A program for `tpukit.aot`, which compiles it in a process of its own."""
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,16 @@ def array(*shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def dense(chip):
-    """Weighted sums of eight rows."""
+def sums(chip):
+    """Weighted sums of eight rows, of all and of those that are this device's."""
     flat = TOKENS * GROUP
     x, indices = array(flat, HIDDEN, dtype=jnp.bfloat16), array(flat, dtype=jnp.int32)
-    weights = array(TOKENS, GROUP, dtype=jnp.float32)
-    return lambda *args: tpu_inference.dense_gather_reduce(*args, GROUP), (x, indices, weights)
+    weights, valid = array(TOKENS, GROUP, dtype=jnp.float32), array(flat, dtype=jnp.bool_)
 
+    def fn(x, indices, weights, valid):
+        return (
+            tpu_inference.dense_gather_reduce(x, indices, weights, GROUP),
+            tpu_inference.ragged_gather_reduce(x, indices, weights.reshape(-1), valid, GROUP),
+        )
 
-def ragged(chip):
-    """Of the rows that are this device's."""
-    _, (x, indices, weights) = dense(chip)
-    weights, valid = array(TOKENS * GROUP, dtype=weights.dtype), array(TOKENS * GROUP, dtype=bool)
-    args = (x, indices, weights, valid)
-    return lambda *args: tpu_inference.ragged_gather_reduce(*args, GROUP), args
+    return fn, (x, indices, weights, valid)

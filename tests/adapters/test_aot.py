@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from adapters import sglang_jax
+from adapters import sglang_jax, tpu_inference
 from tests.adapters import targets
 from tpukit import aot
 
@@ -72,8 +72,55 @@ def test_simple_gla_prefill():
     compiled(fn, x, x, x, states, array(5), array(8, dtype=F32))
 
 
-@pytest.mark.parametrize("target", ["dense", "ragged"])
-def test_gather_reduce(target, tmp_path):
+def test_gather_reduce(tmp_path):
     """In a process of its own: a bad SparseCore program can end the process."""
-    found = aot.compile_and_dump(f"{targets.__name__}:{target}", CHIP, tmp_path)
-    assert len(found["sparse_kernels"]) == 1
+    found = aot.compile_and_dump(f"{targets.__name__}:sums", CHIP, tmp_path)
+    assert len(found["sparse_kernels"]) == 2
+
+
+REQUESTS, PAGES, PAGE = 16, 512, 128
+
+
+def batch(stack):
+    """kv_lens, pages, bounds, distribution, as a stack has them; a request has 32 pages."""
+    shapes = {"tpu": (16, 16 * 32, 17, 3), "sgl": (16, 16 * 32, 17, 17, 3)}
+    return [array(size) for size in shapes[stack]]
+
+
+def attention(stack, cache):
+    """The kernel of grouped queries, 8 heads to one, and the elements of its cache."""
+    q, kv = array(REQUESTS, 8, 128, dtype=BF16), array(REQUESTS, 1, 128, dtype=BF16)
+    fn, mask = tpu_inference.ragged_paged_attention, ()
+    if stack == "sgl":
+        fn, mask = sglang_jax.ragged_paged_attention, (None, None)
+    options = {"sm_scale": 0.1, "sliding_window": 1024}
+    size = sum(x.size for x in jax.tree.leaves(cache))
+    args = (q, kv, kv, cache, *batch(stack), *mask)
+    return compiled(lambda *args: fn(*args, **options), *args, donate=3), size
+
+
+def own(allocate, *sizes):
+    return jax.eval_shape(lambda: allocate(PAGES, PAGE, *sizes, BF16))
+
+
+@pytest.mark.parametrize("stack", ["tpu", "sgl"])
+def test_attention_moves_no_cache(stack):
+    found, size = attention(stack, own(tpu_inference.new_kv_cache, 1, 128))
+    assert large(found, size // 2) == []
+
+
+@pytest.mark.parametrize("stack", ["tpu", "sgl"])
+def test_latent_attention_moves_no_cache(stack):
+    heads, rank, rope = 16, 512, 64
+    q = [array(REQUESTS, heads, dim, dtype=BF16) for dim in (rank, rope)]
+    if stack == "tpu":
+        q[0] = array(heads, REQUESTS, rank, dtype=BF16)
+    rows = [array(REQUESTS, dim, dtype=BF16) for dim in (rank, rope)]
+    module = {"tpu": tpu_inference, "sgl": sglang_jax}[stack]
+    cache = own(module.new_mla_cache, rank, rope)
+    found = compiled(
+        lambda *args: module.mla_ragged_paged_attention(*args, sm_scale=0.1),
+        *(*q, *rows, cache, *batch(stack)),
+        donate=4,
+    )
+    assert large(found, cache.words.size // 2) == []

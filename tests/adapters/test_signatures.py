@@ -19,10 +19,42 @@ SGLANG_JAX = {
     "decode_simple_gla_fused": (
         "q k v recurrent_buffer recurrent_indices has_initial_state * g_gamma scale=None"
     ),
+    "ragged_paged_attention": (
+        "queries keys values kv_cache_fused kv_lens page_indices cu_q_lens cu_kv_lens distribution "
+        "custom_mask attention_sink=None * causal=1 sm_scale=1.0 sliding_window=None soft_cap=None "
+        "mask_value=DEFAULT_MASK_VALUE q_scale=None k_scale=None v_scale=None "
+        "xai_temperature_len=None softmax_dtype=None chunk_prefill_size=None d_block_sizes=None "
+        "p_block_sizes=None m_block_sizes=None vmem_limit_bytes=None out_dtype=None "
+        "skip_kv_mask=False disable_semaphore_checks=True debug_mode=False "
+        "mask_aligned_to_cu_kv=False"
+    ),
+    "mla_ragged_paged_attention": (
+        "ql_nope q_pe new_kv_c new_k_pe cache_kv kv_lens page_indices cu_q_lens cu_kv_lens "
+        "distribution * sm_scale=1.0 sliding_window=None soft_cap=None "
+        "mask_value=DEFAULT_MASK_VALUE q_scale=None k_scale=None v_scale=None "
+        "chunk_prefill_size=None num_kv_pages_per_block=None num_queries_per_block=None "
+        "vmem_limit_bytes=None decode_batch_size=1 debug_mode=False"
+    ),
 }
 TPU_INFERENCE = {
     "dense_gather_reduce": "x indices topk_weights reduce_group_size topk_wgt_zero_nan=False",
     "ragged_gather_reduce": "x indices topk_weights valid_rows_mask reduce_group_size",
+    "ragged_paged_attention": (
+        "queries keys values kv_cache kv_lens page_indices cu_q_lens distribution "
+        "* use_causal_mask=True update_kv_cache=True skip_kv_mask=False sm_scale=1.0 "
+        "sliding_window=None soft_cap=None out_dtype=None mask_value=None q_scale=None "
+        "k_scale=None v_scale=None chunk_prefill_size=None d_block_sizes=None p_block_sizes=None "
+        "m_block_sizes=None vmem_limit_bytes=None debug_mode=False disable_bounds_checks=True "
+        "disable_semaphore_checks=True"
+    ),
+    "mla_ragged_paged_attention": (
+        "ql_nope q_pe new_kv_c new_k_pe cache_kv kv_lens page_indices cu_q_lens distribution "
+        "* sm_scale=1.0 sliding_window=None soft_cap=None mask_value=None q_scale=None "
+        "k_scale=None v_scale=None chunk_prefill_size=None num_kv_pages_per_block=None "
+        "num_queries_per_block=None vmem_limit_bytes=None decode_batch_size=1 mixed_q_split=1 "
+        "s_dtype=jnp.bfloat16 transpose_kv_cache=False two_step_flash_attention=True "
+        "p_same_dtype_as_v=True debug_mode=False"
+    ),
 }
 # Defaults that are objects of the stacks, and what stands for them here.
 OBJECTS = {
