@@ -5,20 +5,25 @@ Signatures, layouts and meanings are those of commit cddbf6f1cc33cbdd453bd8f36ff
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+import fused_moe
 import gla
-from adapters import paged
+from adapters import experts, paged
 from adapters.paged import new_kv_cache, new_mla_cache
 from adapters.refusals import refuse, refuse_given, refuse_modes
 from ragged_attention import KVCache
+from reference.fused_moe import Activation
 from tpukit import checks
 
 __all__ = [
     "decode_simple_gla_fused",
+    "fused_ep_moe_v2",
     "mla_ragged_paged_attention",
     "new_kv_cache",
     "new_mla_cache",
@@ -314,4 +319,95 @@ def mla_ragged_paged_attention(  # noqa: PLR0913  (the stack's)
         q_scale=q_scale,
         k_scale=k_scale,
         v_scale=v_scale,
+    )
+
+
+def fused_ep_moe_v2(  # noqa: PLR0913  (the stack's)
+    mesh: Mesh,
+    tokens: jax.Array,
+    w1: jax.Array,
+    w2: jax.Array,
+    w3: jax.Array,
+    topk_weights: jax.Array,
+    topk_ids: jax.Array,
+    top_k: int,
+    *,
+    act_fn: Activation = "silu",
+    swiglu_limit: float | None = None,
+    shared_swiglu_limit: float | None = None,
+    enable_bt_scatter_overlap: bool = True,
+    w1_shared: jax.Array | None = None,
+    w2_shared: jax.Array | None = None,
+    w3_shared: jax.Array | None = None,
+    w1_shared_scale: jax.Array | None = None,
+    w2_shared_scale: jax.Array | None = None,
+    w3_shared_scale: jax.Array | None = None,
+    quant_block_k: int | None = None,
+    w1_scale: jax.Array | None = None,
+    w2_scale: jax.Array | None = None,
+    w3_scale: jax.Array | None = None,
+    block_config: Any = None,
+    direct_scaled_dot: bool = False,
+    cross_expert_prefetch_mode: str = "full",
+    interleave_bt: bool = True,
+    enable_act_quant: bool = False,
+    kernel_ablation_mode: str = "full",
+    dp_axis_name: str = "data",
+    tp_axis_name: str = "tensor",
+) -> jax.Array:
+    """`kernels.fused_moe.v2.kernel`, as `fused_moe.fused_moe`, from outside `shard_map`.
+
+    Args:
+      mesh: its axes dp_axis_name and tp_axis_name together split tokens and experts.
+      tokens: [T, hidden] bfloat16, any number of them.
+      w1, w3: [E, hidden, inter] gate and up projections.
+      w2: [E, inter, hidden] down projections.
+      topk_weights, topk_ids: [T, top_k]; an id outside [0, E), such as -1, is skipped.
+      top_k: as topk_ids has columns.
+      act_fn: "silu", "gelu" or "swigluoai", which clips at 7.
+      swiglu_limit, shared_swiglu_limit: None, but ignored, as there, for "swigluoai".
+      w1_shared, w3_shared, w2_shared: those of the shared expert, without E, or None.
+      w1_shared_scale, w3_shared_scale, w2_shared_scale: [1, outputs], or None.
+      quant_block_k: inputs that share a scale; all of them by default.
+      w1_scale, w3_scale: [E, hidden / quant_block_k, 1, inter], or None.
+      w2_scale: [E, inter / quant_block_k, 1, hidden], or None.
+      enable_act_quant: float8 tokens, quantised again between the two products, where the stack
+        keeps bfloat16.
+      enable_bt_scatter_overlap, block_config, direct_scaled_dot, cross_expert_prefetch_mode,
+        interleave_bt: ignored.
+      kernel_ablation_mode: "full".
+      dp_axis_name, tp_axis_name: axes of the mesh.
+
+    Returns:
+      [T, hidden] bfloat16.
+
+    Raises:
+      ArgumentError, UnsupportedError: as `fused_moe.fused_moe`.
+    """
+    where = "fused_ep_moe_v2"
+    del enable_bt_scatter_overlap, block_config, direct_scaled_dot, cross_expert_prefetch_mode
+    del interleave_bt
+    checks.check_choice(where, "kernel_ablation_mode", kernel_ablation_mode, ("full",))
+    checks.check_array(where, "topk_ids", topk_ids)
+    if topk_ids.shape[1:] != (top_k,):
+        refuse(where, "top_k", f"is {top_k}", f"the columns of topk_ids {tuple(topk_ids.shape)}")
+    routed = experts.Projections(w1, w3, w2, w1_scale, w3_scale, w2_scale)
+    weights = experts.routed_weights(where, routed, quant_block_k)
+    if w1_shared is not None:
+        scales = w1_shared_scale, w3_shared_scale, w2_shared_scale
+        shared = experts.Projections(w1_shared, w3_shared, w2_shared, *scales)
+        weights = dataclasses.replace(weights, shared=experts.shared_weights(where, shared))
+    else:
+        shared_swiglu_limit = None
+    limits = {"swiglu_limit": swiglu_limit, "shared_swiglu_limit": shared_swiglu_limit}
+    return fused_moe.fused_moe(
+        tokens,
+        weights,
+        topk_ids,
+        topk_weights.astype(jnp.float32),
+        mesh=mesh,
+        axis_name=(dp_axis_name, tp_axis_name),
+        activation=act_fn,
+        limit=experts.limit_of(where, act_fn, **limits),
+        activation_dtype="float8_e4m3fn" if enable_act_quant else None,
     )

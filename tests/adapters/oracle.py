@@ -82,3 +82,52 @@ def attend(q, keys, values, seen, scale, soft_cap=None, sinks=None, temperatures
         weights = softmax_over(logits, None if sinks is None else sinks[h])
         out[t, h] = weights @ values[seen[t], h // group]
     return out
+
+
+def activated(gate, up, activation):
+    """As SGLang-JAX defines it; its swigluoai clips at 7."""
+    if activation == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    if activation == "gelu":
+        cube = gate + 0.044715 * gate**3
+        return 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * cube)) * up
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+
+
+def wide(weight, scale, block):
+    """A matrix [inputs, outputs] times its scales [inputs / block, 1, outputs], in float64."""
+    weight = f64(weight)
+    if scale is None:
+        return weight
+    scale = f64(scale).reshape(-1, weight.shape[1])
+    return weight * np.repeat(scale, block or len(weight) // len(scale), axis=0)
+
+
+def moe(tokens, w1, w2, w3, scales, weights, ids, activation="silu", block=None, shared=None):
+    """[T, hidden]: token after token, expert after expert.
+
+    Args:
+      tokens: [T, hidden].
+      w1, w2, w3: [E, ...] gate, down and up.
+      scales: of each of them, or None.
+      weights, ids: [T, k]; an id outside [0, E) is skipped.
+      activation: its name.
+      block: inputs that share a scale.
+      shared: (w1, w2, w3, scales) of the expert that all tokens go to.
+    """
+    scales = scales or (None,) * 3
+    tokens, out = f64(tokens), np.zeros(tokens.shape)
+
+    def expert(x, matrices, scales, block):
+        gate, down, up = (wide(w, s, block) for w, s in zip(matrices, scales, strict=True))
+        return activated(x @ gate, x @ up, activation) @ down
+
+    for t, k in np.ndindex(*ids.shape):
+        e = ids[t, k]
+        if 0 <= e < len(w1):
+            held = [w[e] for w in (w1, w2, w3)], [None if s is None else s[e] for s in scales]
+            out[t] += float(weights[t, k]) * expert(tokens[t], *held, block)
+    if shared is not None:
+        out += expert(tokens, shared[:3], shared[3] or (None,) * 3, None)
+    return out

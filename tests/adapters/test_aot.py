@@ -4,7 +4,9 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from adapters import sglang_jax, tpu_inference
 from tests.adapters import targets
@@ -124,3 +126,45 @@ def test_latent_attention_moves_no_cache(stack):
         donate=4,
     )
     assert large(found, cache.words.size // 2) == []
+
+
+def test_mixture_of_experts():
+    """Of eight devices, with float8 weights and tokens; weights are not moved."""
+    tokens, experts, hidden, inter, top_k, devices = 1024, 64, 2048, 512, 8, 8
+    over = jax.sharding.Mesh(
+        np.array(aot.devices(CHIP))[:devices].reshape(2, 4),
+        ("data", "tensor"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    )
+    weights = [
+        array(experts, *sizes, dtype=jnp.float8_e4m3fn)
+        for sizes in ((hidden, inter), (inter, hidden), (hidden, inter))
+    ]
+    scales = [array(experts, 1, 1, weight.shape[-1], dtype=F32) for weight in weights]
+    routing = [array(tokens, top_k, dtype=dtype) for dtype in (F32, I32)]
+
+    def fn(tokens, weights, scales, routing):
+        names = ("w1_scale", "w2_scale", "w3_scale")
+        return sglang_jax.fused_ep_moe_v2(
+            over,
+            tokens,
+            *weights,
+            *routing,
+            top_k,
+            enable_act_quant=True,
+            direct_scaled_dot=True,
+            **dict(zip(names, scales, strict=True)),
+        )
+
+    found = aot.compile_for(
+        fn,
+        array(tokens, hidden, dtype=BF16),
+        weights,
+        scales,
+        routing,
+        chip=CHIP,
+        mesh_axes={"data": 2, "tensor": 4},
+        in_specs=(PartitionSpec(("data", "tensor")),) * 4,
+    )
+    assert found.kernels == ("fused_moe.1",)
+    assert large(found, weights[0].size // devices // 2) == []

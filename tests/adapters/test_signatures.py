@@ -19,6 +19,15 @@ SGLANG_JAX = {
     "decode_simple_gla_fused": (
         "q k v recurrent_buffer recurrent_indices has_initial_state * g_gamma scale=None"
     ),
+    "fused_ep_moe_v2": (
+        "mesh tokens w1 w2 w3 topk_weights topk_ids top_k * act_fn='silu' swiglu_limit=None "
+        "shared_swiglu_limit=None enable_bt_scatter_overlap=True w1_shared=None w2_shared=None "
+        "w3_shared=None w1_shared_scale=None w2_shared_scale=None w3_shared_scale=None "
+        "quant_block_k=None w1_scale=None w2_scale=None w3_scale=None block_config=None "
+        "direct_scaled_dot=False cross_expert_prefetch_mode='full' interleave_bt=True "
+        "enable_act_quant=False kernel_ablation_mode='full' dp_axis_name='data' "
+        "tp_axis_name='tensor'"
+    ),
     "ragged_paged_attention": (
         "queries keys values kv_cache_fused kv_lens page_indices cu_q_lens cu_kv_lens distribution "
         "custom_mask attention_sink=None * causal=1 sm_scale=1.0 sliding_window=None soft_cap=None "
