@@ -11,9 +11,9 @@ from tests.adapters import oracle
 from tpukit.errors import ArgumentError
 
 HEADS, DIM = 2, 128
-LENGTHS = (5, 0, 3)
+LENGTHS = (3, 0, 1, 0, 1, 0)
 BOUNDS = np.concatenate([[0], np.cumsum(LENGTHS)])
-TOKENS = BOUNDS[-1] + 2  # and two of no request
+TOKENS = BOUNDS[-1] + 1  # and one of no request; as many as requests, so that decode compiles less
 DECAYS = jnp.array([-0.1, -0.7])
 
 
@@ -47,8 +47,8 @@ def check_prefill(per_token=False, resumes=True, scale=None):
     close(last, want_last)
 
 
-SLOTS = np.array([3, 0, 1, 4])  # 0: the dummy that padding has
-RESUMES = np.array([True, True, False, True])
+SLOTS = np.array([3, 0, 1, 0, 4, 0])  # 0: the dummy that padding has
+RESUMES = np.array([True, True, False, True, True, False])
 
 
 def check_decode(dtype=jnp.float32, scale=None):
