@@ -71,7 +71,11 @@ def route(
     choice = scores if bias is None else scores + bias
     if num_groups > 1:
         groups = choice.reshape(-1, num_groups, size)
-        best = lax.top_k(groups, 2 if group_score == "top2" else 1)[0].sum(axis=-1)
+        best = jnp.max(groups, axis=-1)
+        if group_score == "top2":  # not by `top_k`, which sorts them all
+            first = jnp.argmax(groups, axis=-1, keepdims=True)
+            others = jnp.where(jnp.arange(size) == first, -jnp.inf, groups)
+            best += jnp.max(others, axis=-1)
         _, kept = lax.top_k(best, top_groups)
         keep = jnp.any(kept[:, :, None] == jnp.arange(num_groups), axis=1)
         choice = jnp.where(keep[:, :, None], groups, -jnp.inf).reshape(-1, num_experts)
