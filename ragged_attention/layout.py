@@ -183,13 +183,11 @@ def contained(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]
     values: of those, as of values put into pages by others, one that is not finite reaches all
     queries of its request that are computed together.
     """
-    width = keys.shape[-1]
-    if not (width and jnp.issubdtype(values.dtype, jnp.floating)):
+    if not (keys.shape[-1] and jnp.issubdtype(values.dtype, jnp.floating)):
         return keys, values  # no lane, or no value, can say so
     bad = ~jnp.isfinite(values.astype(jnp.float32))
-    lanes = jnp.pad(bad, [(0, 0)] * (bad.ndim - 1) + [(0, -bad.shape[-1] % width)])
-    folded = lanes.reshape(*lanes.shape[:-1], -1, width).any(axis=-2)
-    return jnp.where(folded, jnp.nan, keys), jnp.where(bad, 0, values)
+    spoiled = bad.any(axis=-1, keepdims=True)
+    return jnp.where(spoiled, jnp.nan, keys), jnp.where(bad, 0, values)
 
 
 def pack_pages(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -> KVCache:
