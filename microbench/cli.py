@@ -1,7 +1,7 @@
 """Checks, times, compiles, predicts and compares the kernels on the shapes that matter.
 
-Usage: microbench [list | run | aot | predict | compare | tune | report | validate | env] [flags]
-(or python -m microbench)
+Usage: microbench [list | run | aot | predict | compare | tune | report | validate | layers | env]
+[flags] (or python -m microbench)
 
   (nothing)  every default case: check, then time, then the ahead-of-time report
   list       the cases and their parameters
@@ -16,6 +16,7 @@ Usage: microbench [list | run | aot | predict | compare | tune | report | valida
   report [FILE ...]
              one HTML page of the records in these files; without any, checks and predicts first
   validate   predict kernels whose times others have published, and show the errors
+  layers     predict whole layers of a model on the devices of a slice, and show what XLA adds
   env        versions, commit, machine
 
 A case whose check fails is not timed. Exit status: 0 all is well, 1 a check failed or a figure got
@@ -43,6 +44,7 @@ COMMANDS = (
     "tune",
     "report",
     "validate",
+    "layers",
     "env",
 )
 OPERANDS = {"compare": 2, "report": 1000}  # how many words may follow the command
@@ -179,6 +181,10 @@ def main(argv: Sequence[str]) -> int:
         from microbench.validation import report  # noqa: PLC0415  (imports JAX in its workers)
 
         return report.run(options)
+    if options.command == "layers":
+        from microbench.stack import run  # noqa: PLC0415  (imports JAX)
+
+        return run.run(options)
     from microbench import bench  # noqa: PLC0415  (imports JAX, so after `prepare`)
 
     return bench.run(options)
