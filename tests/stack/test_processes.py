@@ -1,6 +1,7 @@
 """The layers on several processes, as on several machines, give the numbers of one process."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -29,18 +30,22 @@ def free_port():
         return one.getsockname()[1]
 
 
-def run_together(commands, folder, seconds=SECONDS):
-    """Runs Python command lines side by side; none is left when one fails, or when time is up."""
+def run_together(commands, folder, seconds=SECONDS, environments=None):
+    """Runs Python command lines side by side; none is left when one fails, or when time is up.
+
+    Returns what each of them has written.
+    """
+    environments = environments or [{}] * len(commands)
     logs = [folder / f"{number}.log" for number in range(len(commands))]
     running = []
     try:
-        for words, log in zip(commands, logs, strict=True):
+        for words, log, more in zip(commands, logs, environments, strict=True):
             with log.open("w") as out:
                 running.append(
                     subprocess.Popen(
                         [sys.executable, *words],
                         cwd=ROOT,
-                        env=os.environ | ENVIRONMENT,
+                        env=os.environ | ENVIRONMENT | more,
                         stdout=out,
                         stderr=subprocess.STDOUT,
                     )
@@ -56,8 +61,9 @@ def run_together(commands, folder, seconds=SECONDS):
         for one in running:
             one.kill()
             one.wait()
-    tails = "\n".join(log.read_text()[-2000:] for log in logs)
-    assert codes == [0] * len(commands), f"{codes}: {tails}"
+    texts = [log.read_text() for log in logs]
+    assert codes == [0] * len(commands), "\n".join([f"{codes}:", *(x[-2000:] for x in texts)])
+    return texts
 
 
 def results(folder, processes):
@@ -115,3 +121,18 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
 def test_processes_that_take_too_long_are_ended(tmp_path):
     with pytest.raises(AssertionError, match=r"\[None\]"):
         run_together([["-c", "import time; time.sleep(60)"]], tmp_path, seconds=0.5)
+
+
+def test_the_program_of_the_page_runs_on_two_processes(tmp_path):
+    page = (ROOT / "docs" / "multi-host.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    shared = {
+        "COORDINATOR": f"localhost:{free_port()}",
+        "PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": "2",
+    }
+    environments = [shared | {"PROCESS": str(number)} for number in range(2)]
+    texts = run_together([["-c", code]] * 2, tmp_path, environments=environments)
+    last = [text.strip().splitlines()[-1] for text in texts]
+    assert last[0] == last[1]
+    assert last[0].startswith("(32, 512) 2 ")
