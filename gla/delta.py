@@ -7,8 +7,9 @@ before it: with the products A_ij = k_i e^(b_i - b_j) k_j of the chunk form,
 
     (I + N) u = beta (v - e^(b) k S)        N_ij = beta_i A_ij for j < i, else 0
 
-I + N is inverted without iterations: blocks of BLOCK rows by substitution; then two blocks become
-one, [[X, 0], [-Y L X, Y]] being the inverse of [[A, 0], [L, B]] where X, Y are those of A, B.
+The two halves of I + N are inverted without iterations: blocks of BLOCK rows by substitution; then
+two blocks become one, [[X, 0], [-Y L X, Y]] being the inverse of [[A, 0], [L, B]] where X, Y are
+those of A, B. What the first half wrote is then taken from what the second one misses.
 
 Sources: DeltaNet by chunks (arXiv 2406.06484), Gated DeltaNet (2412.06464), Kimi Linear
 (2510.26692).
@@ -64,13 +65,19 @@ def invert_blocks(n: jax.Array) -> jax.Array:
     return jnp.concatenate(blocks, axis=0)
 
 
-def invert(matrices: list[jax.Array], dtype: jnp.dtype) -> Stages[list[jax.Array]]:
-    """(I + n)^-1 for each n [W, W] f32, 0 on and above the diagonal; dtype: of the operands."""
+def invert(matrices: list[jax.Array], width: int, dtype: jnp.dtype) -> Stages[list[jax.Array]]:
+    """(I + D)^-1 for the blocks D of `width` rows on the diagonal of each matrix, 0 elsewhere.
+
+    Args:
+      matrices: [W, W] f32, 0 on and above the diagonal.
+      width: BLOCK times a power of two.
+      dtype: of the operands.
+    """
     size = matrices[0].shape[0]
     inverses, m = [invert_blocks(n) for n in matrices], BLOCK
     yield
     apart = iota((size, size), 0) ^ iota((size, size), 1)
-    while m < size:
+    while m < width:
 
         def below(x: jax.Array, m: int = m) -> jax.Array:
             return split(x, m)[1].reshape(size // 2, -1)
@@ -104,14 +111,27 @@ def written(
     shape, dtype = products[0].shape, v[0].dtype
     below = iota(shape, 0) > iota(shape, 1)
     lower = [jnp.where(below, a * b, 0.0) for a, b in zip(products, beta, strict=True)]
-    missing = [
-        ((x.astype(jnp.float32) - y) * b).astype(dtype)
-        for x, y, b in zip(v, recalled, beta, strict=True)
+    missing = [(x.astype(jnp.float32) - y) * b for x, y, b in zip(v, recalled, beta, strict=True)]
+    yield
+    half = shape[0] // 2
+    inverses = yield from invert(lower, half, dtype)
+    inverses = [x.astype(dtype) for x in inverses]
+    first = [
+        matmul(x[:half], y.astype(dtype), NN).astype(dtype)
+        for x, y in zip(inverses, missing, strict=True)
     ]
     yield
-    inverses = yield from invert(lower, dtype)
-    inverses = [x.astype(dtype) for x in inverses]
-    return [matmul(x, y, NN).astype(dtype) for x, y in zip(inverses, missing, strict=True)]
+    known = [
+        matmul(x[half:].astype(dtype), jnp.concatenate([u, jnp.zeros_like(u)]), NN)
+        for x, u in zip(lower, first, strict=True)
+    ]
+    yield
+    rest = [(x[half:] - y).astype(dtype) for x, y in zip(missing, known, strict=True)]
+    second = [
+        matmul(x[half:], jnp.concatenate([jnp.zeros_like(y), y]), NN).astype(dtype)
+        for x, y in zip(inverses, rest, strict=True)
+    ]
+    return [jnp.concatenate(both) for both in zip(first, second, strict=True)]
 
 
 def decode_token(

@@ -365,12 +365,14 @@ class Walk(Plumbing):
             from_second = jnp.maximum(end // ROWS, 1)
             lax.fori_loop(from_second, size // ROWS, lambda group, _: clear(group), None)
 
-    def decays(self, h: int, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> Any:
-        """Decay factors of head h over a window of `size` rows."""
+    def decays(
+        self, heads: range, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int
+    ) -> list[Any]:
+        """Decay factors of each of these heads over a window of `size` rows."""
         dims = (self.problem.key_dim, self.problem.value_dim)
         if isinstance(self.tables, ChannelTables):
-            return self.tables.window(h, slot, size, dims[0])
-        return self.tables.chunk(h, begin, end, size, dims)
+            return self.tables.windows(heads, slot, size, dims[0])
+        return [self.tables.chunk(h, begin, end, size, dims) for h in heads]
 
     def chunk_heads(self, item: jax.Array, state: Ref, size: int, drafts: bool) -> None:
         """All heads in sets, the next stage of each set beside the stage before of the next set."""
@@ -395,7 +397,7 @@ class Walk(Plumbing):
         if drafts and self.problem.tree:
             decays = [self.vmem.tree.decays(h, size, self.scale) for h in heads]
         else:
-            decays = [self.decays(h, slot, *self.place(item), size) for h in heads]
+            decays = self.decays(heads, slot, *self.place(item), size)
         if self.problem.per_channel:
             yield
         scored: list[Any] = [None] * len(heads)

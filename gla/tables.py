@@ -254,8 +254,11 @@ class ChannelTables:
     def open(self, slot: jax.Array, begin: jax.Array, end: jax.Array, size: int) -> None:
         """Prepares an item: nothing to do."""
 
-    def window(self, h: int, slot: jax.Array, size: int, key_dim: int) -> channel.Decays:
-        """Factors of head h over the first `size` rows of a window."""
+    def windows(
+        self, heads: range, slot: jax.Array, size: int, key_dim: int
+    ) -> list[channel.Decays]:
+        """Factors of each of these heads over the first `size` rows of a window."""
         sums = next(sums for sums in self.sums if sums.shape[0] == 4 * size)
-        steps = self.steps[slot, :size, h * key_dim : (h + 1) * key_dim]
-        return channel.decays_of(clip_log_decay(steps), sums[...])
+        lanes = slice(heads.start * key_dim, heads.stop * key_dim)
+        steps = self.steps[slot, :size, lanes]
+        return channel.decays_of(clip_log_decay(steps), sums[...], len(heads))

@@ -187,13 +187,21 @@ def rounded(batch, *, window=128, batch_invariant=False, reverse=False):
 def channel_weights(rows, k, g, first):
     """Products of rows with decayed keys, cut into halves around aligned rows, as the kernel does.
 
+    Blocks of 4 are not cut: their decays are those from the second row of the window's 4.
+
     Args:
       rows, k, g: [n, key_dim].
       first: place of the first row in its window.
     """
-    found = np.diag(np.sum(rows * k, axis=1))
+    found = np.zeros((len(k), len(k)))
     index = first + np.arange(len(k))
-    m = 1
+    for block in np.unique(index // 4):
+        here = np.flatnonzero(index // 4 == block)
+        second = index[here] % 4 <= 1
+        b = np.cumsum(g[here], axis=0) - np.sum(g[here][second], axis=0)
+        near = np.tril(bf16(rows[here] * np.exp(b)) @ bf16(k[here] * np.exp(-b)).T, -1)
+        found[np.ix_(here, here)] = near + np.diag(np.sum(rows[here] * k[here], axis=1))
+    m = 4
     while m < index[-1] + 1:
         for middle in range(m, index[-1] + 1, 2 * m):
             keys = (index >= middle - m) & (index < middle)
@@ -210,6 +218,22 @@ def two_terms(g):
     g = (g * np.log2(np.e)).astype(np.float32)
     high = bf16(g)
     return (high + bf16(g - high)) / np.log2(np.e)
+
+
+def written(n, missing, first):
+    """(I + n)^-1 missing, one half of the window after the other."""
+    size = 32
+    while size < first + len(n):
+        size *= 2
+    half = np.clip(size // 2 - first, 0, len(n))
+
+    def solve(part, missing):
+        inverse = np.linalg.inv(np.eye(len(missing)) + n[part, part])
+        return bf16(bf16(inverse) @ bf16(missing))
+
+    one, two = slice(half), slice(half, None)
+    u = solve(one, missing[one])
+    return np.concatenate([u, solve(two, missing[two] - bf16(n[two, one]) @ u)])
 
 
 def chunk(q, k, v, g, state, scale, first=0, beta=None):
@@ -235,8 +259,9 @@ def chunk(q, k, v, g, state, scale, first=0, beta=None):
         u = v[:, h]
         if beta is not None:
             strength = beta[:, h, None]
-            inverse = np.linalg.inv(np.eye(len(q)) + strength * np.tril(pairs(k[:, h]), -1))
-            u = bf16(bf16(inverse) @ bf16(strength * (u - read(k[:, h]))))
+            u = written(
+                strength * np.tril(pairs(k[:, h]), -1), strength * (u - read(k[:, h])), first
+            )
         o[:, h] = late * (bf16(early * pairs(q[:, h])) @ u + early * read(q[:, h]))
         decayed = bf16(k[:, h] * np.exp(b[-1, h] - b[:, h]))
         new[h] = np.exp(b[-1, h])[:, None] * state[h] + decayed.T @ u

@@ -170,12 +170,18 @@ def other_levels(change):
     return lambda rows, k, d: good_pairs(rows, k, d._replace(levels=change(d.levels)))
 
 
+def other_near(change):
+    return lambda rows, k, d: good_pairs(rows, k, d._replace(near=change(d.near)))
+
+
 MUTANTS = {
     "a size of halves missing": other_levels(lambda x: (*x[:2], jnp.ones_like(x[2]), *x[3:])),
     "last size missing": other_levels(lambda x: x[:-1]),
     "first size missing": other_levels(lambda x: (0 * x[0], *x[1:])),
-    "a size taken for another": other_levels(lambda x: (*x[:3], x[2], *x[4:])),
+    "a size taken for another": other_levels(lambda x: (x[0], x[2], *x[2:])),
     "inverse decay": other_levels(lambda x: tuple(1 / y for y in x)),
+    "near rows undecayed": other_near(lambda x: tuple(map(jnp.ones_like, x))),
+    "near rows the wrong way": other_near(lambda x: x[::-1]),
     "not causal": lambda *args: [0.1 + x for x in good_pairs(*args)],
     "no diagonal": lambda *args: [jnp.tril(x, -1) for x in good_pairs(*args)],
 }  # fmt: skip
@@ -195,7 +201,9 @@ def test_faulty_weights_are_caught(name, monkeypatch):
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_faulty_factors_are_caught(name, monkeypatch):
-    monkeypatch.setattr(channel, "decays_of", lambda *args: FACTORS[name](good_decays(*args)))
+    monkeypatch.setattr(
+        channel, "decays_of", lambda *args: list(map(FACTORS[name], good_decays(*args)))
+    )
     assert not passes()
 
 

@@ -194,7 +194,8 @@ def passes():
     """Whether the gates are green."""
     compiled.cache_clear()
     try:
-        check_gates(CALIBRATION, *run(CALIBRATION, plan=SINGLE), window=32)
+        plan = dataclasses.replace(SINGLE, window=64)
+        check_gates(CALIBRATION, *run(CALIBRATION, plan=plan), window=64)
     except (AssertionError, interpret.InterpretError):
         return False
     finally:
@@ -210,7 +211,7 @@ good_written, good_blocks = delta.written, delta.invert_blocks
 good_token = delta.decode_token
 
 
-def only_blocks(n, dtype):
+def only_blocks(n, width, dtype):
     yield
     return [good_blocks(x) for x in n]
 
@@ -241,7 +242,7 @@ def inverse_error():
     keys = rng.standard_normal(64) + rng.standard_normal((128, 64)) / 2
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     n = np.tril(keys @ keys.T, -1)
-    stages = delta.invert([jnp.asarray(n, jnp.float32)], jnp.dtype(jnp.bfloat16))
+    stages = delta.invert([jnp.asarray(n, jnp.float32)], 128, jnp.dtype(jnp.bfloat16))
     while True:
         try:
             next(stages)
