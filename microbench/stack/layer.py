@@ -16,6 +16,7 @@ Sources: the modelling code of BailingMoeV2_5; DeepSeek-V2 (arXiv 2405.04434) fo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -76,7 +77,7 @@ class Config:
 class Linear(NamedTuple):
     """A matrix."""
 
-    weight: Any  # [inputs, outputs] float8
+    weight: Any  # [inputs, outputs] float8, or f32 of the same values
     scale: Any  # [1, outputs] f32
 
 
@@ -131,6 +132,8 @@ class Batch(NamedTuple):
     page_offsets: Any  # [N + 1] i32
     slot_ids: Any  # [N] i32
     has_state: Any  # [N] bool
+    drafts: Any = None  # gla.Drafts with words of ancestors, for both kinds of attention
+    snapshots: Any = None  # gla.Snapshots
     forced: Any = None  # bool: whether `expert_ids` are those of the step's tokens
     expert_ids: Any = None  # [tokens of this device, top_k] i32
 
@@ -188,6 +191,7 @@ def mla(config: Config, x: jax.Array, w: Mla, cache: Any, batch: Batch) -> tuple
         batch.cu_q_lens,
         batch.page_indices,
         batch.page_offsets,
+        ancestors=None if batch.drafts is None else batch.drafts.ancestors,
         sm_scale=(config.nope + config.rope) ** -0.5,
         implementation=config.attention,
     )
@@ -200,12 +204,8 @@ def lightning(
     config: Config, x: jax.Array, w: Lightning, states: Any, batch: Batch
 ) -> tuple[jax.Array, Any]:
     """Linear attention; this device's part of the sum."""
-    tokens, heads = len(x), config.heads // config.tensor
+    q, k, v, gate = heads_of(config, x, (w.q, w.k, w.v, w.gate))
     cos, sin = rotation(batch.positions, config.rotary)
-    with jax.named_scope("project"):
-        q, k, v, gate = (
-            project(x, m).reshape(tokens, heads, config.dim) for m in (w.q, w.k, w.v, w.gate)
-        )
     o, states = gla.gla(
         q,
         k,
@@ -215,12 +215,30 @@ def lightning(
         batch.cu_q_lens,
         batch.has_state,
         decay=gla.HeadDecay(w.decay),
+        drafts=batch.drafts,
+        snapshots=batch.snapshots,
         prologue=gla.NormRope(w.q_norm, w.k_norm, cos, sin),
         epilogue=gla.NormGate(w.o_norm, gate, config.heads // config.norm_groups),
         implementation=config.attention,
     )
     with jax.named_scope("project"):
-        return project(o.reshape(tokens, -1), w.out), states
+        return project(o.reshape(len(x), -1), w.out), states
+
+
+def heads_of(config: Config, x: jax.Array, matrices: Sequence[Linear]) -> list[jax.Array]:
+    """Products of x with matrices, by this device's heads of linear attention."""
+    with jax.named_scope("project"):
+        shape = len(x), config.heads // config.tensor, config.dim
+        return [project(x, m).reshape(shape) for m in matrices]
+
+
+def drafted(
+    config: Config, x: jax.Array, w: Lightning, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Keys, normed and turned, and values of the rows: what `gla.commit` takes of drafts."""
+    k, v = heads_of(config, x, (w.k, w.v))
+    cos, sin = rotation(batch.positions, config.rotary)
+    return gla.norm_rope(k, k, gla.NormRope(w.k_norm, w.k_norm, cos, sin))[1], v
 
 
 def experts(config: Config, x: jax.Array, weights: Layer, batch: Batch) -> jax.Array:
@@ -239,8 +257,8 @@ def experts(config: Config, x: jax.Array, weights: Layer, batch: Batch) -> jax.A
         if batch.forced is not None:
             ids = lax.cond(batch.forced, lambda: batch.expert_ids, lambda: ids)
     with jax.named_scope("moe"):
-        return fused_moe.fused_moe(
-            x,
+        found = fused_moe.fused_moe(
+            x.astype(jnp.bfloat16),
             dataclasses.replace(weights.experts, shared=weights.shared),
             ids,
             expert_weights,
@@ -248,11 +266,14 @@ def experts(config: Config, x: jax.Array, weights: Layer, batch: Batch) -> jax.A
             activation_dtype=FLOAT8,
             implementation=config.moe,
         )
+        return found.astype(x.dtype)
 
 
 def project(x: jax.Array, matrix: Linear) -> jax.Array:
-    """X [T, inputs] times a matrix, in the type of x; rows are quantised."""
+    """X [T, inputs] times a matrix, in the type of x; rows are quantised if it is float8."""
     wide = x.astype(jnp.float32)
+    if matrix.weight.dtype != FLOAT8:
+        return (jnp.dot(wide, matrix.weight) * matrix.scale).astype(x.dtype)
     largest = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
     scale = jnp.where(largest == 0, 1.0, largest / float(jnp.finfo(FLOAT8).max))
     narrow = (wide / scale).astype(FLOAT8)
