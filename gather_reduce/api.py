@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ from tpukit import checks, sparsecore
 from tpukit.chips import Chip, current_chip
 from tpukit.chips import chip as chip_named
 from tpukit.errors import ArgumentError, UnsupportedError
+from tpukit.planning import Implementation
 
-Implementation = Literal["auto", "pallas", "interpret", "reference"]
 SUPPORTED_CHIPS = ("v5p", "v6e", "tpu7x")
 Rows = jax.Array | PackedRows
 

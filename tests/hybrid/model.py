@@ -74,10 +74,10 @@ def wide(x):
     return x._replace(weight=x.weight.astype(jnp.float32)) if isinstance(x, Linear) else x
 
 
-def make(kinds, seed=0, **options):
+def make(kinds, tensor=1):
     """A model with drawn weights."""
-    config = small.config(1, options.pop("tensor", 1), heads=8, norm_groups=8, **options)
-    rng = np.random.default_rng(seed)
+    config = small.config(1, tensor, heads=8, norm_groups=8)
+    rng = np.random.default_rng(0)
     specs = tuple(steps.weights(config, kind)[0] for kind in kinds)
     held = small.place(specs, jax.P(), ".weights", lambda _, value, __: jnp.asarray(value), rng)
     held = jax.tree.map(wide, held, is_leaf=lambda x: isinstance(x, Linear))

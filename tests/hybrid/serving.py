@@ -62,7 +62,7 @@ class Work:
       request: whose.
       rows: tokens to compute.
       parents: of each its parent among them, or None for a chain that is to stay.
-      keep: how many tokens a prefix to be kept has at the end of these rows, or 0.
+      keep: how many tokens the prefix has that ends among these rows and is to be kept, or 0.
     """
 
     request: Request
@@ -81,7 +81,7 @@ class Server:
         first being the newest token; or None.
 
     Attributes:
-      running, waiting, finished: requests.
+      running, waiting: requests.
       prefixes: what is kept of prompts.
       accepted: how many drafts have been right.
     """
@@ -90,7 +90,7 @@ class Server:
         self.model, self.drafts = model, drafts
         self.pages, self.slots = Pool(pages), Pool(slots)
         self.stores = models.stores_of(model, pages, slots)
-        self.running, self.waiting, self.finished, self.prefixes = [], [], [], {}
+        self.running, self.waiting, self.prefixes = [], [], {}
         self.accepted = 0
 
     def submit(self, tokens, wanted):
@@ -127,7 +127,7 @@ class Server:
         while self.waiting and len(self.running) < REQUESTS:
             request = self.waiting[0]
             if not request.tokens or request.wanted <= len(request.tokens):
-                self.finished.append(self.waiting.pop(0))
+                self.waiting.pop(0)
                 continue
             try:
                 self.open(request)
@@ -207,7 +207,6 @@ class Server:
         for request in [r for r in self.running if len(r.tokens) >= r.wanted]:
             self.running.remove(request)
             self.release(request)
-            self.finished.append(request)
         return True
 
     def plan(self):
