@@ -10,6 +10,8 @@ from microbench.case import Call, Case, Suite
 from microbench.cli import Options
 from tpukit.predict import MeshPrediction, Prediction, predict, predict_mesh, timeline
 
+NOTHING_RARE = 0  # what this library's kernels read from vectors: whether something rare is so
+
 
 def case(
     suite: Suite, case: Case, chip: str, options: Options
@@ -21,17 +23,22 @@ def case(
     spans = bool(options.trace)
     if int(case.params.get("devices", 1)) == 1:  # pyright: ignore[reportArgumentType]
         steered = suite.steered(case, options.seed)
-        return None if steered is None else call(steered, chip, spans=spans)
+        return (
+            None if steered is None else call(steered, chip, spans=spans, from_vectors=NOTHING_RARE)
+        )
     target, arguments = suite.aot_target(case)
     arguments["seed"] = options.seed
     wraps = bool(case.params.get("wraps", False))
-    return predict_mesh(target, chip, arguments, wraps=wraps, spans=(0,) if spans else ())
+    more: dict[str, Any] = {"wraps": wraps, "from_vectors": NOTHING_RARE}
+    return predict_mesh(target, chip, arguments, spans=(0,) if spans else (), **more)
 
 
-def call(steered: Call, chip: str, *, spans: bool = False) -> Prediction:
+def call(
+    steered: Call, chip: str, *, spans: bool = False, from_vectors: int | None = None
+) -> Prediction:
     """Predicts a call on one device."""
     fn, args = steered
-    return predict(fn, *args, chip=chip, spans=spans)
+    return predict(fn, *args, chip=chip, spans=spans, from_vectors=from_vectors)
 
 
 def figures(prediction: Prediction | MeshPrediction) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """A block of queries opens and closes: between layouts by token and by head.
 
-Queries and outputs lie by token, [tokens, q_heads, dim]. A key/value head's rows are its query
-heads one after another, each with all tokens of the block.
+Queries and outputs lie by token, [tokens, q_heads, dim]. A key/value head's rows, or columns, are
+its query heads one after another, each with all tokens of the block.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 from ragged_attention import flash
 from ragged_attention.flash import FLOOR, LOG2_E, Softmax, iota
 from ragged_attention.layout import LANES
-from ragged_attention.plan import Style
+from ragged_attention.plan import SECTION, Style
 from ragged_attention.schedule import FIRST, Noted
 from ragged_attention.tiles import Tiles
+from tpukit.buffers import repeat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +34,38 @@ class Blocks(Tiles):
         """Waits for the block's queries, lays them out by head and scales them."""
         self.await_block(record)
         window, dim, group = self.layout.keys, self.layout.key_dim, self.problem.group
-        rows = slice(0, style.rows)
-        q = self.queries_of(record, style.tokens)[...].astype(jnp.float32)
-        q = q[0] if style.tokens == 1 else jnp.swapaxes(q, 0, 1)
-        for h in range(self.layout.kv_heads):
-            x = q[h * group : (h + 1) * group].reshape(style.rows, dim)
-            parts = flash.halves(x * self.factor(h)) if style.split else (x,)
-            for i, part in enumerate(parts):
-                begin = i * window.width + window.offset(h)
-                part = part.astype(self.problem.compute_dtype)
-                self.vmem.scaled[h, rows, begin : begin + dim] = part
+
+        def section(first: Any, count: int) -> None:
+            queries = self.queries_of(record, style.tokens)
+            q = queries[pl.ds(first, count)].astype(jnp.float32)
+            q = q[0] if style.tokens == 1 else jnp.swapaxes(q, 0, 1)
+            for h in range(self.layout.kv_heads):
+                x = q[h * group : (h + 1) * group].reshape(-1, dim)
+                halves = flash.halves(x * self.factor(h)) if style.split else (x,)
+                for i, half in enumerate(halves):
+                    begin = i * window.width + window.offset(h)
+                    half = half.astype(self.problem.compute_dtype)
+                    for at, rows in self.pieces(style, first, count):
+                        self.vmem.scaled[h, rows, begin : begin + dim] = half[at]
+
+        self.sections(style, section)
+
+    def sections(self, style: Style, action: Callable[[Any, int], None]) -> None:
+        """action(first token, tokens) for sections of a block, which are laid out one by one."""
+        if style.columns and style.tokens > SECTION:
+            count = style.tokens // SECTION
+            repeat(count, lambda i: action(pl.multiple_of(i * SECTION, SECTION), SECTION))
+        else:
+            action(0, style.tokens)
+
+    def pieces(self, style: Style, first: Any, count: int) -> list[tuple[slice, Any]]:
+        """A section's rows of a head, one query head after another, and where they are of all."""
+        if count == style.tokens:
+            return [(slice(0, style.rows), slice(0, style.rows))]
+        return [
+            (slice(g * count, (g + 1) * count), pl.ds(g * style.tokens + first, count))
+            for g in range(self.problem.group)
+        ]
 
     def factor(self, head: Any) -> jax.Array:
         """What q . k is multiplied by: to base 2, or for the tanh of a soft cap."""
@@ -75,38 +99,73 @@ class Blocks(Tiles):
     def known(self, head: Any, rows: slice, style: Style, opens: jax.Array) -> Softmax:
         """What rows know: nothing yet in the first tile, whatever the buffers hold."""
         blank = self.blank(head, rows, style)
-        held = (ref[head, rows] for ref in (self.vmem.top, self.vmem.total, self.vmem.sum))
+        held = (ref[head, rows] for ref in self.vmem.rows)
         return Softmax(*(jnp.where(opens, new, old) for new, old in zip(blank, held, strict=True)))
+
+    def blank_columns(self, head: Any, columns: slice, style: Style) -> Softmax:
+        """What columns know that have seen nothing, or their sinks only."""
+        count, tokens = columns.stop - columns.start, style.tokens
+        nothing = jnp.zeros((self.layout.vals.width, count), jnp.float32)
+        shape = (flash.SUBLANES, count)
+        if self.hbm.sinks is None:
+            floor = jnp.full(shape, FLOOR, jnp.float32)
+            return Softmax(floor, jnp.zeros(shape, jnp.float32), nothing)
+        first = head * self.problem.group
+        heads = range(columns.start // tokens, -(-columns.stop // tokens))
+        each = min(count, tokens)
+        sinks = [flash.wide(self.hbm.sinks[pl.ds(first + g, 1)], each) for g in heads]
+        sink = jnp.broadcast_to(jnp.concatenate(sinks, axis=1) * LOG2_E, shape)
+        top = jnp.maximum(sink, FLOOR)
+        return Softmax(top, jnp.exp2(sink - top), nothing)
+
+    def columns_of(self, head: Any, columns: slice) -> Softmax:
+        """What columns know."""
+        return Softmax(*(ref[head, :, columns] for ref in self.vmem.columns))
+
+    def keep_columns(self, head: Any, columns: slice, state: Softmax) -> None:
+        """Keeps what columns know."""
+        for ref, new in zip(self.vmem.columns, state, strict=True):
+            ref[head, :, columns] = new
+
+    def found(self, head: int, rows: Any, style: Style, unseen: Any) -> tuple[jax.Array, jax.Array]:
+        """Output rows of a head, and the logarithms of their sums, [rows, 128] of equal lanes."""
+        if not style.columns:
+            return flash.finish(self.known(head, rows, style, unseen))
+        return flash.finish_columns(self.columns_of(head, rows))
 
     def close(self, record: Noted, style: Style) -> None:
         """Divides by the sums, lays out by token and starts to write the outputs."""
-        slot, tokens, group = self.out_slot(record), style.tokens, self.problem.group
+        slot, heads = self.out_slot(record), range(self.layout.kv_heads)
         self.await_out(slot)
-        window, dim = self.layout.vals, self.layout.value_dim
-        outputs, sums, unseen = [], [], record.has(FIRST) & (record.span == 0)
-        for h in range(self.layout.kv_heads):
-            o, lse = flash.finish(self.known(h, slice(0, style.rows), style, unseen))
-            o *= self.hbm.scales[1, h]
-            if offset := window.offset(h):
-                o = pltpu.roll(o, window.width - offset, 1)
-            o = o[:, :dim]
-            outputs.append(o if tokens == 1 else o.reshape(group, tokens, dim))
-            sums.append(lse)
-        o = jnp.concatenate(outputs, axis=0)
-        o = o[None] if tokens == 1 else jnp.swapaxes(o, 0, 1)
-        self.out_of(record, tokens)[...] = o.astype(self.problem.dtype)
-        if self.vmem.lse is not None:
-            self.vmem.lse[slot, :tokens] = self.by_token(sums, style)
+        window, dim, unseen = self.layout.vals, self.layout.value_dim, record.has(FIRST)
+        unseen &= record.span == 0
+
+        def section(first: Any, count: int) -> None:
+            outputs, sums = [], []
+            for h in heads:
+                for _, rows in self.pieces(style, first, count):
+                    o, lse = self.found(h, rows, style, unseen)
+                    o *= self.hbm.scales[1, h]
+                    if offset := window.offset(h):
+                        o = pltpu.roll(o, window.width - offset, 1)
+                    o = o[:, :dim]
+                    outputs.append(o if style.tokens == 1 else o.reshape(-1, count, dim))
+                    sums.append(lse)
+            o = jnp.concatenate(outputs, axis=0)
+            o = o[None] if style.tokens == 1 else jnp.swapaxes(o, 0, 1)
+            self.out_of(record, style.tokens)[pl.ds(first, count)] = o.astype(self.problem.dtype)
+            if self.vmem.lse is not None:
+                lse = jnp.concatenate(sums, axis=0).reshape(-1, count, LANES)
+                self.vmem.lse[slot, pl.ds(first, count)] = self.by_token(lse)
+
+        self.sections(style, section)
         self.start_out(record)
 
-    def by_token(self, found: list[jax.Array], style: Style) -> jax.Array:
-        """[tokens, lanes] from each head's [rows, 128] of equal lanes."""
-        shape = (style.tokens, self.problem.lse_lanes)
+    def by_token(self, lse: jax.Array) -> jax.Array:
+        """[tokens, lanes] from [q_heads, tokens, 128] of equal lanes."""
+        shape = (lse.shape[1], self.problem.lse_lanes)
         lane = iota(shape, 1)
         out = jnp.zeros(shape, jnp.float32)
-        for h, lse in enumerate(found):
-            for g in range(self.problem.group):
-                rows = lse[g * style.tokens : (g + 1) * style.tokens]
-                head = h * self.problem.group + g
-                out = jnp.where(lane == head, flash.wide(rows, shape[1]), out)
+        for head in range(self.problem.q_heads):
+            out = jnp.where(lane == head, flash.wide(lse[head], shape[1]), out)
         return out

@@ -15,22 +15,28 @@ from jax.experimental.pallas import tpu as pltpu
 from ragged_attention.layout import LANES
 
 LOG2_E = 1.4426950408889634
+SUBLANES = 8
 UNSEEN = -1e30  # logit of a key that is not seen
 FLOOR = -1e29  # what `top` starts from: so far above UNSEEN that such a key's weight is 0
 
 
 class Softmax(NamedTuple):
-    """What a row knows so far; [rows, 128] lanes are equal but in o.
+    """What queries know so far, as rows or as columns.
 
     Attributes:
-      top: the largest logit.
-      total: sum of the weights, relative to `top`.
-      o: [rows, value width] sum of the weighted values, likewise.
+      top: [rows, 128], lanes equal, or [8, columns], sublanes equal: the largest logit.
+      total: likewise, sum of the weights, relative to `top`.
+      o: [rows, value width] or [value width, columns] sum of the weighted values, likewise.
     """
 
     top: jax.Array
     total: jax.Array
     o: jax.Array
+
+
+def line(count: int, axis: int) -> tuple[int, int]:
+    """The shape of `count` along an axis."""
+    return (count, 1) if axis == 0 else (1, count)
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -63,31 +69,28 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def logits(q: jax.Array, k: jax.Array, factor: jax.Array, soft_cap: float | None) -> jax.Array:
-    """[rows, keys] to base 2.
+def logits(
+    q: jax.Array, k: jax.Array, factor: jax.Array, soft_cap: float | None, columns: bool
+) -> jax.Array:
+    """[rows, keys], or [keys, columns], to base 2.
 
     q is [rows, key lanes] and `factor` is applied here; or q is `halves` of q times factor, which
     use the depth of the matrix unit that a narrow head leaves idle.
     """
-    if q.shape[1] == 2 * k.shape[1]:
-        s = dot(q, jnp.concatenate([k, k], axis=1), (1, 1))
-    else:
-        s = dot(q, k, (1, 1)) * factor
+    split = q.shape[1] == 2 * k.shape[1]
+    k = jnp.concatenate([k, k], axis=1) if split else k
+    s = dot(k, q, (1, 1)) if columns else dot(q, k, (1, 1))
+    s = s if split else s * factor
     return s if soft_cap is None else (soft_cap * LOG2_E) * jnp.tanh(s)
 
 
-def fold(state: Softmax, s: jax.Array, v: jax.Array, compute: Any, sum_by_matmul: bool) -> Softmax:
-    """Takes a tile into account: logits s [rows, keys], values v [keys, value width]."""
+def fold(state: Softmax, s: jax.Array, v: jax.Array, compute: Any) -> Softmax:
+    """Takes keys into account: logits s [rows, keys], values v [keys, value width]."""
     top = jnp.maximum(state.top, jnp.max(s, axis=1, keepdims=True))
     weights = jnp.exp2(s - wide(top, s.shape[1])).astype(compute)
     fade = jnp.exp2(state.top - top)
-    if sum_by_matmul:  # a column of ones in lanes that the matrix unit has to spare
-        width = v.shape[1]
-        o = dot(weights, jnp.concatenate([v, jnp.ones_like(v[:, :LANES])], axis=1), (1, 0))
-        o, total = o[:, :width], o[:, width:]
-    else:
-        o = dot(weights, v, (1, 0))
-        total = jnp.sum(weights.astype(jnp.float32), axis=1, keepdims=True)
+    o = dot(weights, v, (1, 0))
+    total = jnp.sum(weights.astype(jnp.float32), axis=1, keepdims=True)
     return Softmax(top, state.total * fade + total, state.o * wide(fade, o.shape[1]) + o)
 
 
@@ -95,4 +98,57 @@ def finish(state: Softmax) -> tuple[jax.Array, jax.Array]:
     """Output rows, 0 where nothing was seen, and the natural logarithm of the softmax's sum."""
     inverse = jnp.where(state.total == 0, 0.0, 1 / state.total)
     lse = jnp.where(state.total == 0, -jnp.inf, (state.top + jnp.log2(state.total)) / LOG2_E)
-    return state.o * wide(inverse, state.o.shape[1]), lse
+    inverse = inverse if inverse.shape[0] == 1 else wide(inverse, state.o.shape[1])
+    return state.o * inverse, lse
+
+
+# Columns.
+
+
+def turned(v: jax.Array) -> jax.Array:
+    """[value width + 16, keys] bf16 from values [keys, value width]; the last rows are ones."""
+    return jnp.concatenate([v.T, jnp.ones((2 * SUBLANES, v.shape[0]), v.dtype)], axis=0)
+
+
+def look(state: Softmax, s: jax.Array) -> Softmax:
+    """The same relative to the largest of logits s [keys, columns], if that is larger."""
+    top = jnp.maximum(state.top, jnp.max(s, axis=0, keepdims=True))
+    fade = jnp.exp2(state.top - top)
+    return Softmax(top, state.total * fade, state.o * fade[:1])
+
+
+def add(state: Softmax, s: jax.Array, v: jax.Array) -> tuple[Softmax, jax.Array]:
+    """Takes keys into account, with weights relative to what was the largest logit before them.
+
+    Args:
+      state: what columns know.
+      s: [keys, columns] logits.
+      v: [value width + 16, keys] values, `turned`.
+
+    Returns:
+      What they know then, and how far above the largest logit was: [8, columns].
+    """
+    width = v.shape[0] - 2 * SUBLANES
+    weights = jnp.exp2(s - state.top[:1]).astype(v.dtype)
+    sums = dot(v, weights, (1, 0))
+    far = jnp.max(s, axis=0, keepdims=True) - state.top
+    fade = jnp.exp2(-jnp.maximum(far, 0.0))
+    total = (state.total + sums[width : width + SUBLANES]) * fade
+    o = (state.o + sums[:width]) * fade[:1]
+    return Softmax(state.top + jnp.maximum(far, 0.0), total, o), far
+
+
+def select(chosen: jax.Array, a: Softmax, b: Softmax) -> Softmax:
+    """State `a` of the chosen columns [8, columns], `b` of others."""
+
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
+        some = chosen if x.shape == chosen.shape else jnp.broadcast_to(chosen[:1], x.shape)
+        return jnp.where(some, x, y)
+
+    return Softmax(*(one(x, y) for x, y in zip(a, b, strict=True)))
+
+
+def finish_columns(state: Softmax) -> tuple[jax.Array, jax.Array]:
+    """As `finish`."""
+    o, lse = finish(Softmax(state.top[:1], state.total[:1], state.o))
+    return o.T, jnp.broadcast_to(lse, (LANES, lse.shape[1])).T

@@ -2,16 +2,16 @@
 
 While a record is computed, later tiles and blocks are on their way. Per record: new rows are put
 into the tile and the tile's changed groups are written to the cache; then every key/value head's
-rows, its query heads one after another and each with all tokens of the block, meet the tile.
+queries, its query heads one after another and each with all tokens of the block, meet the tile, as
+rows (`rows.py`) or, where they are many, as columns (`columns.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ragged_attention import flash
-from ragged_attention.blocks import Blocks
-from ragged_attention.flash import UNSEEN, iota
+from ragged_attention.chunks import Chunk
+from ragged_attention.columns import Columns
 from ragged_attention.layout import LANES
-from ragged_attention.plan import (
-    HEADS_AT_ONCE,
-    MANY,
-    VMEM_LEFT,
-    Plan,
-    Problem,
-    Style,
-    style_of,
-)
+from ragged_attention.plan import MANY, VMEM_LEFT, Plan, Problem, Style, style_of
 from ragged_attention.plumbing import Operands, Scratch
 from ragged_attention.schedule import END, FENCE, FIRST, LAST, WRITES, Batch, Noted
 from ragged_attention.tiles import is_missing
@@ -42,33 +33,8 @@ from tpukit.manual import manual_axes
 Ref = Any
 
 
-class Chunk(NamedTuple):
-    """Keys of a record's tile that are computed together.
-
-    Attributes:
-      slot: the tile's buffer.
-      begin: the first of them in the tile.
-      size: keys that are computed.
-      full: at least so many of them are the tile's.
-      doubtful: from this one on queries may not see them.
-    """
-
-    slot: jax.Array
-    begin: jax.Array
-    size: int
-    full: int
-    doubtful: int
-
-
-class Strip(NamedTuple):
-    """Rows of a head that are computed together."""
-
-    head: Any
-    rows: slice
-
-
 @dataclasses.dataclass(frozen=True)
-class Pass(Blocks):
+class Pass(Columns):
     """The walk over the records: who does what when."""
 
     def run(self) -> None:
@@ -186,12 +152,18 @@ class Pass(Blocks):
         """One tile for one block."""
         # Of one resident token, to do it all again is less than a branch.
         branch = style.tokens > 1 or not self.problem.resident
-        whether(record.has(FIRST), branch, lambda: self.open(record, style))
-        chunk = self.plan.chunk
+        chunk, meet = self.plan.chunk, self.columns if style.columns else self.rows
+
+        def first() -> None:
+            self.open(record, style)
+            if style.columns:
+                self.look(record, slot, style)
+
+        whether(record.has(FIRST), branch, first)
 
         def whole(i: jax.Array) -> None:
             begin = i * chunk
-            self.heads(record, Chunk(slot, begin, chunk, chunk, chunk), style)
+            meet(record, Chunk(slot, begin, chunk, chunk, chunk), style)
 
         def partial(i: jax.Array) -> None:
             begin = i * chunk
@@ -200,7 +172,7 @@ class Pass(Blocks):
                 full = max([0, *(smaller for smaller in self.plan.key_sizes if smaller < size)])
                 doubtful = max(full - style.tokens, 0) // LANES * LANES
                 doubtful = 0 if self.problem.windowed else doubtful
-                self.heads(record, Chunk(slot, begin, size, full, doubtful), style)
+                meet(record, Chunk(slot, begin, size, full, doubtful), style)
 
             smallest(record.span - begin, self.plan.key_sizes, part)
 
@@ -215,6 +187,8 @@ class Pass(Blocks):
             if style.tokens >= MANY:
                 repeat(sure, whole)
             lax.fori_loop(sure, some, lambda i, _: partial(i), None)
+            if style.columns:
+                self.catch_up(record, slot, style, some)
         whether(record.has(LAST), branch, lambda: self.close(record, style))
 
     def all_seen(self, record: Noted) -> jax.Array:
@@ -227,120 +201,6 @@ class Pass(Blocks):
             oldest = record.position + record.count - record.window
             seen = jnp.where((record.window == 0) | (record.key > oldest), seen, 0)
         return seen
-
-    # Chunks are attended to.
-
-    def heads(self, record: Noted, chunk: Chunk, style: Style) -> None:
-        """All heads; the logits of a strip are made while the strip before is folded in."""
-        heads = self.layout.kv_heads
-        step = heads if style.unrolled else math.gcd(heads, HEADS_AT_ONCE)
-
-        def some(i: Any) -> None:
-            strips = [Strip(i * step + h, rows) for h in range(step) for rows in style.strips]
-            self.strips(record, chunk, style, strips)
-
-        if step == heads:
-            some(0)
-        else:
-            repeat(heads // step, some)
-
-    def strips(self, record: Noted, chunk: Chunk, style: Style, strips: list[Strip]) -> None:
-        """Strips of rows, one after another."""
-        masks: dict[tuple[int, int], jax.Array] = {}
-        keys: dict[int, jax.Array] = {}
-        values: dict[int, jax.Array] = {}
-
-        def once(cache: dict[int, jax.Array], key: Any, make: Any) -> jax.Array:
-            if id(key) not in cache:
-                cache[id(key)] = make(key)
-            return cache[id(key)]
-
-        def logits(strip: Strip) -> jax.Array:
-            k = once(keys, strip.head, lambda h: self.keys_of(h, chunk))
-            q = self.vmem.scaled[strip.head, strip.rows, : k.shape[1] * (1 + style.split)]
-            s = flash.logits(q, k, self.factor(strip.head), self.problem.soft_cap)
-            if chunk.doubtful == chunk.size:
-                return s
-            rows = strip.rows.start % style.tokens, strip.rows.stop - strip.rows.start
-            if rows not in masks:
-                masks[rows] = self.seen(record, chunk, style, strip.rows)
-            known, doubtful = s[:, : chunk.doubtful], s[:, chunk.doubtful :]
-            doubtful = jnp.where(masks[rows], doubtful, UNSEEN)
-            return jnp.concatenate([known, doubtful], axis=1) if chunk.doubtful else doubtful
-
-        def fold(strip: Strip, s: jax.Array) -> None:
-            head, rows = strip
-            state = self.known(head, rows, style, opens)
-            v = once(values, head, lambda h: self.values_of(record, h, chunk))
-            state = flash.fold(state, s, v, self.problem.compute_dtype, style.sum_by_matmul)
-            for ref, new in zip(refs, state, strict=True):
-                ref[head, rows] = new
-
-        refs = (self.vmem.top, self.vmem.total, self.vmem.sum)
-        opens = record.has(FIRST) & (chunk.begin == 0)
-        before = None
-        for strip in strips:
-            s = logits(strip)
-            if before is not None:
-                fold(*before)
-            before = strip, s
-        if before is not None:
-            fold(*before)
-
-    def words(self, window: Any, head: Any, chunk: Chunk) -> jax.Array:
-        """Words of a head's keys or values."""
-        lane = window.lane(head)
-        lane = lane if isinstance(lane, int) else pl.multiple_of(lane, LANES)
-        groups = pl.ds(self.whole_group(chunk.begin), self.whole_group(chunk.size))
-        words = self.vmem.tiles[chunk.slot, groups, :, pl.ds(lane, window.width)]
-        return words.reshape(-1, window.width)
-
-    def keys_of(self, head: Any, chunk: Chunk) -> jax.Array:
-        """[size, key lanes]."""
-        words = self.words(self.layout.keys, head, chunk)
-        return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
-
-    def values_of(self, record: Noted, head: Any, chunk: Chunk) -> jax.Array:
-        """[size, value lanes]; zeros behind the tile's last key, where anything may lie."""
-        pack = self.layout.pack
-        words = self.words(self.layout.vals, head, chunk)
-        if chunk.full < chunk.size:
-            sure = chunk.full // pack
-            rows = (record.span - chunk.begin + pack - 1) >> (pack.bit_length() - 1)
-            last = words[sure:]
-            last = jnp.where(sure + iota(last.shape, 0) < rows, last, 0)
-            words = jnp.concatenate([words[:sure], last], axis=0) if sure else last
-        return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
-
-    def seen(self, record: Noted, chunk: Chunk, style: Style, rows: slice) -> jax.Array:
-        """[rows, doubtful keys] whether a row's query sees a key."""
-        shape = (rows.stop - rows.start, chunk.size - chunk.doubtful)
-        key = record.key + chunk.begin + chunk.doubtful + iota((1, shape[1]), 1)
-        token = (rows.start + iota((shape[0], 1), 0)) & (style.tokens - 1)
-        query = record.position + token
-        seen = jnp.broadcast_to(key < record.key + record.span, shape)
-        if self.problem.causal:
-            before = key <= query
-            if self.problem.tree:
-                drafts = record.is_tree == 1
-                before = (before & ~drafts) | (self.ancestor(record, style, rows, key) & drafts)
-            seen &= before
-        if self.problem.windowed:
-            seen &= (key > query - record.window) | (record.window == 0)
-        return seen
-
-    def ancestor(self, record: Noted, style: Style, rows: slice, key: jax.Array) -> jax.Array:
-        """[rows, keys] whether a key is a token's ancestor, or before the request's queries."""
-        count = rows.stop - rows.start
-        begin, distinct = rows.start % style.tokens, min(count, style.tokens)
-        place = (record.row & 7) + begin
-        words = self.vmem.tree[self.block_slot(record), pl.ds(place, distinct)]
-        if count > distinct:
-            words = jnp.concatenate([words] * (count // distinct), axis=0)
-        draft = jnp.broadcast_to(key - record.first, (count, key.shape[1]))
-        word = jnp.where(draft < 32, words[:, 0:1], words[:, 1:2])
-        bit = lax.shift_right_logical(word, draft & 31) & 1
-        return (draft < 0) | (bit == 1)
 
 
 def whether(condition: jax.Array, matters: bool, action: Callable[[], None]) -> None:

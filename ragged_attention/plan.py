@@ -22,7 +22,9 @@ CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2", "
 DTYPES = (jnp.bfloat16, jnp.float32)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MANY = 64  # query tokens from which on a block is worth the arithmetic for large blocks
+SECTION = 128  # tokens of a block that are laid out together, where they are many
 STRIP_ROWS = 256  # rows of logits that are computed together
+STRIP_COLUMNS = 512  # columns of them: the matrix units work on one half while the other is weighed
 HEADS_AT_ONCE = 2  # of a block of many queries: the next one's products hide the last one's sums
 F32_PASSES = 6  # products of bf16 that make one of f32
 CODE = 10_000  # most products in unrolled code: some 10 seconds of compiling
@@ -145,7 +147,7 @@ class Plan:
     @property
     def chunk(self) -> int:
         """Keys that are computed together, a power of two that divides a tile."""
-        return math.gcd(self.keys, CHUNK)
+        return math.gcd(self.keys, CHUNK if self.queries <= SECTION else CHUNK // 2)
 
     @property
     def key_sizes(self) -> tuple[int, ...]:
@@ -190,33 +192,38 @@ class Style:
     Attributes:
       tokens: query tokens of the block.
       rows: rows of a key/value head: its query heads, one after another, each with all tokens.
+      columns: they are columns of logits, whose weights need no maximum first (see `columns.py`).
       split: queries carry their scale, as two halves (see `flash.halves`).
-      sum_by_matmul: the matrix unit adds up the weights.
       unrolled: heads are unrolled, not a loop.
     """
 
     tokens: int
     rows: int
+    columns: bool
     split: bool
-    sum_by_matmul: bool
     unrolled: bool
+
+    @property
+    def keys_axis(self) -> int:
+        """Axis of the keys among logits."""
+        return 0 if self.columns else 1
 
     @property
     def strips(self) -> Iterator[slice]:
         """Rows that are computed together."""
-        step = min(self.rows, STRIP_ROWS)
+        step = min(self.rows, STRIP_COLUMNS if self.columns else STRIP_ROWS)
         return (slice(r, min(r + step, self.rows)) for r in range(0, self.rows, step))
 
 
 def style_of(problem: Problem, tokens: int, side: int) -> Style:
     """The style of blocks of `tokens`; `side` is the size of the chip's matrix unit."""
-    many = tokens >= MANY and problem.compute_dtype != jnp.float32
-    values = problem.layout.vals.width
+    rows = tokens * problem.group
+    columns = tokens >= MANY and rows % LANES == 0 and problem.compute_dtype != jnp.float32
     return Style(
         tokens=tokens,
-        rows=tokens * problem.group,
-        split=many and 2 * problem.layout.keys.width <= side,
-        sum_by_matmul=many and round_up(values, side) >= values + LANES,
+        rows=rows,
+        columns=columns,
+        split=columns and 2 * problem.layout.keys.width <= side,
         unrolled=tokens < MANY,
     )
 
@@ -225,8 +232,9 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
     """Shape and type of every buffer in VMEM, by name."""
     layout, f32 = problem.layout, jnp.float32
     heads, queries = layout.kv_heads, plan.queries
-    rows = round_up(queries * problem.group, 16)
     styles = [style_of(problem, n, side) for n in plan.query_sizes]
+    rows = round_up(max([0, *(style.rows for style in styles if not style.columns)]), 16)
+    columns = max([0, *(style.rows for style in styles if style.columns)])
     lanes = layout.keys.width * (2 if any(style.split for style in styles) else 1)
     groups = plan.keys // layout.pack // GROUP_ROWS
     blocks, outs, held, fresh = plan.blocks, 2, queries, queries
@@ -237,12 +245,16 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
     found = {
         "tiles": ((plan.tiles, groups, GROUP_ROWS, layout.width), jnp.int32),
         "queries": ((blocks, held, problem.q_heads, layout.key_dim), problem.dtype),
-        "scaled": ((heads, rows, lanes), problem.compute_dtype),
-        "top": ((heads, rows, LANES), f32),
-        "total": ((heads, rows, LANES), f32),
-        "sum": ((heads, rows, layout.vals.width), f32),
+        "scaled": ((heads, max(rows, columns), lanes), problem.compute_dtype),
         "out": ((outs, held, problem.q_heads, layout.value_dim), problem.dtype),
     }
+    if rows:
+        found["top"] = found["total"] = ((heads, rows, LANES), f32)
+        found["sum"] = ((heads, rows, layout.vals.width), f32)
+    if columns:
+        found["column_top"] = found["column_total"] = ((heads, 8, columns), f32)
+        found["column_sum"] = ((heads, layout.vals.width, columns), f32)
+        found["far"] = ((plan.keys // plan.chunk, heads, 8, columns), f32)
     if problem.update:
         found["fresh"] = ((blocks, fresh, layout.width), jnp.dtype(layout.dtype))
     if problem.tree:
@@ -262,7 +274,8 @@ def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
     strip = min(STRIP_ROWS, max(8, plan.queries * problem.group))
     values = strip * plan.chunk * 4 * 4 + plan.chunk * problem.layout.width * 2
     dim = round_up(max(problem.layout.key_dim, problem.layout.value_dim), LANES)
-    values += 2 * plan.queries * round_up(problem.q_heads, 8) * dim * 4  # while a block is laid out
+    tokens = min(plan.queries, SECTION)  # that are laid out at once
+    values += 2 * tokens * round_up(problem.q_heads, 8) * dim * 4
     return vmem_bytes(problem, plan, chip) + values + 6 * 2**20
 
 

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ragged_attention.flash import Softmax
 from ragged_attention.layout import LANES, CacheLayout
 from ragged_attention.plan import Plan, Problem, buffers
 from ragged_attention.schedule import (
@@ -64,9 +65,13 @@ class Scratch(NamedTuple):
     tiles: Ref  # [tiles, K, 8, width] i32
     queries: Ref  # [blocks, Q, q_heads, key_dim], or [1, T + Q, ..] if the batch is resident
     scaled: Ref  # [kv_heads, R, lanes] queries as they are multiplied
-    top: Ref  # [kv_heads, R, 128] f32
-    total: Ref  # [kv_heads, R, 128] f32
-    sum: Ref  # [kv_heads, R, value lanes] f32
+    top: Ref  # None, or [kv_heads, R, 128] f32
+    total: Ref  # likewise
+    sum: Ref  # None, or [kv_heads, R, value lanes] f32
+    column_top: Ref  # None, or [kv_heads, 8, R] f32
+    column_total: Ref  # likewise
+    column_sum: Ref  # None, or [kv_heads, value lanes, R] f32
+    far: Ref  # None, or [chunks of a tile, kv_heads, 8, R] f32, see `columns.py`
     out: Ref  # [2, Q, q_heads, value_dim], or [1, T + Q, ..]
     fresh: Ref  # None, or [blocks or 1, tokens, width] in the type of the cache
     tree: Ref  # None, or [blocks, Q + 8, 128] i32
@@ -79,6 +84,16 @@ class Scratch(NamedTuple):
     leaving: Ref  # [2] tokens whose outputs are on their way
     sems: Sems
 
+    @property
+    def rows(self) -> Softmax:
+        """What rows know."""
+        return Softmax(self.top, self.total, self.sum)
+
+    @property
+    def columns(self) -> Softmax:
+        """What columns know."""
+        return Softmax(self.column_top, self.column_total, self.column_sum)
+
     @staticmethod
     def shapes(problem: Problem, plan: Plan, side: int) -> Scratch:
         """Shapes of the fields; records have no more than the problem needs."""
@@ -88,9 +103,9 @@ class Scratch(NamedTuple):
         unused |= {"fences"} if not plan.limits(problem).may_write_ahead else set()
         book = pltpu.SMEM((plan.records,), jnp.int32)
         found = {n: pltpu.VMEM(*buffer) for n, buffer in buffers(problem, plan, side).items()}
-        optional = dict.fromkeys(("fresh", "tree", "lse"))
+        first = Scratch._fields.index("books")
         return Scratch(
-            **(optional | found),
+            **(dict.fromkeys(Scratch._fields[:first]) | found),
             books=Record(*(None if name in unused else book for name in Record._fields)),
             pages=pltpu.SMEM((plan.records, index_rows(problem, plan), LANES), jnp.int32)
             if problem.streams_pages

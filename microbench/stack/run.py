@@ -8,6 +8,7 @@ from typing import Any
 
 from microbench import environment
 from microbench.cli import Options
+from microbench.predicted import NOTHING_RARE
 from microbench.record import Log, Record
 from microbench.stack import steps
 from microbench.table import table
@@ -47,7 +48,9 @@ def run(options: Options) -> int:
             name = f"{model}/{kind}/{step}"
             arguments = {"model": model, "kinds": [kind], "step": step, "seed": options.seed}
             torus = steps.CONFIGS[model].data > 2  # ends of dimensions longer than two are linked
-            found = predict_mesh(f"{steps.__name__}:build", CHIP, arguments, wraps=torus)
+            found = predict_mesh(
+                f"{steps.__name__}:build", CHIP, arguments, wraps=torus, from_vectors=NOTHING_RARE
+            )
             config = steps.CONFIGS[model]
             moved = copies.moves(found.hlo, least_move(config, steps.step_of(step, config)))
             rows.append({"layer": name, **figures(found, moved)})

@@ -62,12 +62,12 @@ def narrow_sums(function):
     return changed(function, lambda x: x.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-def forgets_the_past(state, s, v, compute, sum_by_matmul):
-    return flash_fold(state._replace(o=jnp.zeros_like(state.o)), s, v, compute, sum_by_matmul)
+def forgets_the_past(state, s, v, compute):
+    return flash_fold(state._replace(o=jnp.zeros_like(state.o)), s, v, compute)
 
 
-def never_fades(state, s, v, compute, sum_by_matmul):
-    new = flash_fold(state, s, v, compute, sum_by_matmul)
+def never_fades(state, s, v, compute):
+    new = flash_fold(state, s, v, compute)
     return new._replace(total=new.total + 0.01 * state.total)
 
 

@@ -38,6 +38,7 @@ def predict(
     *args: Any,
     chip: str,
     spans: bool = False,
+    from_vectors: int | None = None,
     timeout: float = 600.0,
 ) -> Prediction:
     """Predicts what a program takes on one TensorCore, by replaying its final schedule.
@@ -54,6 +55,8 @@ def predict(
         sizes), `jax.ShapeDtypeStruct` elsewhere.
       chip: a name in `tpukit.predict.RATES`.
       spans: keep what happened when, for a timeline.
+      from_vectors: what scalars are to be that kernels read from their vectors, such as 0 for a
+        flag that says that something rare has happened; None: control must not depend on them.
       timeout: seconds the compilation may take.
 
     Raises:
@@ -90,7 +93,7 @@ def predict(
             donated=[index for index, gone in enumerate(donated) if gone],
         )
         ops = hlo.parse(answer["hlo"])
-        kernels = _kernels(folder, ops, calls, constants, spans)
+        kernels = _kernels(folder, ops, calls, constants, spans, from_vectors)
         around = glue(folder, ops, constants)
     return Prediction(
         chip=constants.chip, kernels=tuple(kernels), glue=tuple(around), versions=answer["versions"]
@@ -113,6 +116,7 @@ def _kernels(
     calls: Sequence[KernelCall],
     constants: Rates,
     spans: bool,
+    from_vectors: int | None,
 ) -> list[KernelPrediction]:
     found = []
     waiting = list(calls)
@@ -121,7 +125,7 @@ def _kernels(
             continue
         steered = operands(op, take(waiting, op))
         dump = _dump_of(folder, op, ops) or op.name
-        one = replay(folder, dump, steered, constants, spans=spans)
+        one = replay(folder, dump, steered, constants, spans=spans, from_vectors=from_vectors)
         found += [one] * op.repeats
     return found
 
@@ -164,6 +168,7 @@ def replay(
     constants: Rates,
     *,
     spans: bool = False,
+    from_vectors: int | None = None,
 ) -> KernelPrediction:
     """Replays one kernel from the dumps in a folder.
 
@@ -173,13 +178,14 @@ def replay(
       operands: size, and for scalars the value, of each operand by its number.
       constants: of the chip.
       spans: keep what happened when.
+      from_vectors: as for `predict`.
 
     Raises:
       ListingError: a dump is not understood.
       ReplayError: the replay cannot be right.
     """
     dump = dumps.read(folder, name, chips.chip(constants.chip))
-    translated = program.load(dump)
+    translated = program.load(dump, from_vectors)
     machine = Machine(translated, constants, operands)
     machine.spans = [] if spans else None
     machine.run()

@@ -115,6 +115,7 @@ def predict_mesh(
     *,
     wraps: bool = False,
     spans: Sequence[int] = (),
+    from_vectors: int | None = None,
     timeout: float = 600.0,
 ) -> MeshPrediction:
     """Predicts a program that runs a kernel that sends messages on every device of a mesh.
@@ -132,6 +133,7 @@ def predict_mesh(
       arguments: plain values for the function.
       wraps: whether the ends of dimensions longer than two are linked.
       spans: the devices for which to keep what happened when.
+      from_vectors: as for `predict`.
       timeout: seconds the compilation may take.
 
     Raises:
@@ -150,11 +152,14 @@ def predict_mesh(
         steered = _operands_of_devices(ops, fn, args, chip, options)
         operands = steered.pop(talker.name)
         dump = dumps.read(folder, talker.name, chips.chip(chip))
-        others = tuple(_slowest(folder, name, found, constants) for name, found in steered.items())
+        others = tuple(
+            _slowest(folder, name, found, constants, from_vectors)
+            for name, found in steered.items()
+        )
         glue = api.glue(folder, ops, constants)
     with aot.as_if_on(chip):
         grid = grid_of(aot.devices(chip, options.get("topology"))[: len(operands)], wraps)
-    translated = program.load(dump)
+    translated = program.load(dump, from_vectors)
 
     def replay(speed: float, spans: Sequence[int]) -> Cluster:
         network = Links(grid, links, constants.clock.value, speed)
@@ -236,14 +241,21 @@ def _operands_of_devices(
 
 
 def _slowest(
-    folder: Path, name: str, operands: Sequence[dict[int, Operand]], constants: Rates
+    folder: Path,
+    name: str,
+    operands: Sequence[dict[int, Operand]],
+    constants: Rates,
+    from_vectors: int | None,
 ) -> KernelPrediction:
     """A kernel that sends nothing, where it takes longest; equal devices are replayed once."""
     different = {
         tuple(None if one.words is None else one.words.tobytes() for one in device.values()): device
         for device in operands
     }
-    found = (api.replay(folder, name, device, constants) for device in different.values())
+    found = (
+        api.replay(folder, name, device, constants, from_vectors=from_vectors)
+        for device in different.values()
+    )
     return max(found, key=lambda kernel: kernel.cycles)
 
 

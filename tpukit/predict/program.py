@@ -53,6 +53,7 @@ class Program:
       segments: in address order.
       declarations: the operands.
       branches: number of branches.
+      assumed: number of places where a scalar is assumed that vector units hand over.
       vmem_end: the first VMEM address after the allocations.
     """
 
@@ -62,11 +63,16 @@ class Program:
     segments: tuple[Segment, ...]
     declarations: tuple[Declaration, ...]
     branches: int
+    assumed: int
     vmem_end: int
 
 
-def load(dump: Dump) -> Program:
+def load(dump: Dump, from_vectors: int | None = None) -> Program:
     """Translates a schedule.
+
+    Args:
+      dump: the compiler's.
+      from_vectors: what scalars are taken to be that vector units hand over; None: unknown.
 
     Raises:
       ListingError: it holds something that is not understood.
@@ -78,11 +84,14 @@ def load(dump: Dump) -> Program:
     writer = _Writer(dump.file, bundles, decoded, branches, edges, addresses)
     sources = [writer.block(i) for i in range(len(edges) - 1)]
     scope: dict[str, Any] = {**vars(values), "M": values.MASK, "U": values.UNKNOWN, **addresses}
+    scope["V"] = values.UNKNOWN if from_vectors is None else from_vectors & values.MASK
     blocks = []
     for index, source in enumerate(sources):
         exec(compile(source, f"{dump.file}:block{index}", "exec"), scope)
         blocks.append(scope[f"block_{index}"])
-    declarations = [one for all_ in decoded for one in all_ if isinstance(one, Declaration)]
+    flat = [one for all_ in decoded for one in all_]
+    declarations = [one for one in flat if isinstance(one, Declaration)]
+    pops = sum(isinstance(one, Instruction) and one.opcode == "spop" for one in flat)
     return Program(
         name=dump.file,
         blocks=tuple(blocks),
@@ -90,6 +99,7 @@ def load(dump: Dump) -> Program:
         segments=tuple(writer.segments),
         declarations=tuple(declarations),
         branches=len(branches),
+        assumed=0 if from_vectors is None else pops,
         vmem_end=vmem_end,
     )
 
@@ -249,6 +259,8 @@ class _Writer:
             result = f"mem.get({one.address}, U)"
         elif one.opcode in instructions.POPS:
             result = f"m.tokens.pop({one.operands[0]})"
+        elif one.opcode == "spop":
+            result = "V"
         elif instructions.UNKNOWN.match(one.opcode):
             result = "U"
         else:

@@ -73,6 +73,7 @@ class KernelPrediction:
         bytes of this schedule.
       band: milliseconds if the latency of a transfer were at either end of what is plausible, where
         waiting takes over a fifth of the time; else the prediction twice.
+      assumed: number of places where a scalar from the vector units was assumed.
       spans: what happened when, if it was asked for.
     """
 
@@ -92,6 +93,7 @@ class KernelPrediction:
     smem_bytes: int
     floor_milliseconds: float
     band: tuple[float, float]
+    assumed: int
     spans: tuple[Span, ...]
 
     @property
@@ -195,6 +197,8 @@ def kernel_lines(kernel: KernelPrediction) -> list[str]:
         f"    spills {kernel.spills}, fills {kernel.fills}; "
         f"VMEM {kernel.vmem_bytes / 2**20:.1f} MiB, SMEM {kernel.smem_bytes / 1024:.1f} KiB",
     ]
+    if kernel.assumed:
+        lines.append(f"    assumed: what scalars read from vectors, in {kernel.assumed} places")
     for loop in kernel.loops[:4]:
         where = f"loop {loop.path}" if loop.path else "outside loops"
         lines.append(
@@ -256,6 +260,7 @@ def summarise(
         smem_bytes=listing.smem_bytes,
         floor_milliseconds=max(peak_cycles, hbm_bytes / (chip.hbm_gb_per_s * 1e6)),
         band=(machine.now / per_ms, machine.now / per_ms),
+        assumed=machine.program.assumed,
         spans=tuple(machine.spans or ()),
     )
 

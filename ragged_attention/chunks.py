@@ -1,0 +1,138 @@
+"""What a block meets of a tile: keys, values, and which query sees which key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ragged_attention import flash
+from ragged_attention.blocks import Blocks
+from ragged_attention.flash import UNSEEN, iota
+from ragged_attention.layout import LANES
+from ragged_attention.plan import HEADS_AT_ONCE, Style
+from ragged_attention.schedule import Noted
+from tpukit.buffers import repeat
+
+
+class Chunk(NamedTuple):
+    """Keys of a record's tile that are computed together.
+
+    Attributes:
+      slot: the tile's buffer.
+      begin: the first of them in the tile.
+      size: keys that are computed.
+      full: at least so many of them are the tile's.
+      doubtful: from this one on queries may not see them.
+    """
+
+    slot: jax.Array
+    begin: Any
+    size: int
+    full: int
+    doubtful: int
+
+
+class Strip(NamedTuple):
+    """Rows of a head, or columns, that are computed together."""
+
+    head: Any
+    rows: slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks(Blocks):
+    """What is computed with, for rows and for columns alike."""
+
+    def some_heads(self, style: Style, action: Callable[[list[Any]], None]) -> None:
+        """action(heads) for all of them, as many together as the style unrolls."""
+        heads = self.layout.kv_heads
+        step = heads if style.unrolled else math.gcd(heads, HEADS_AT_ONCE)
+        if step == heads:
+            action(list(range(heads)))
+        else:
+            repeat(heads // step, lambda i: action([i * step + h for h in range(step)]))
+
+    def words(self, window: Any, head: Any, chunk: Chunk) -> jax.Array:
+        """Words of a head's keys or values."""
+        lane = window.lane(head)
+        lane = lane if isinstance(lane, int) else pl.multiple_of(lane, LANES)
+        groups = pl.ds(self.whole_group(chunk.begin), self.whole_group(chunk.size))
+        words = self.vmem.tiles[chunk.slot, groups, :, pl.ds(lane, window.width)]
+        return words.reshape(-1, window.width)
+
+    def keys_of(self, head: Any, chunk: Chunk) -> jax.Array:
+        """[size, key lanes]."""
+        words = self.words(self.layout.keys, head, chunk)
+        return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
+
+    def values_of(self, record: Noted, head: Any, chunk: Chunk) -> jax.Array:
+        """[size, value lanes]; zeros behind the tile's last key, where anything may lie."""
+        pack = self.layout.pack
+        words = self.words(self.layout.vals, head, chunk)
+        if chunk.full < chunk.size:
+            sure = chunk.full // pack
+            rows = (record.span - chunk.begin + pack - 1) >> (pack.bit_length() - 1)
+            last = words[sure:]
+            last = jnp.where(sure + iota(last.shape, 0) < rows, last, 0)
+            words = jnp.concatenate([words[:sure], last], axis=0) if sure else last
+        return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
+
+    def logits(
+        self, record: Noted, chunk: Chunk, style: Style, strip: Strip, k: jax.Array, masks: dict
+    ) -> jax.Array:
+        """[rows, keys], or [keys, columns]; `masks` keeps those of strips of other heads."""
+        q = self.vmem.scaled[strip.head, strip.rows, : k.shape[1] * (1 + style.split)]
+        s = flash.logits(q, k, self.factor(strip.head), self.problem.soft_cap, style.columns)
+        if chunk.doubtful == chunk.size:
+            return s
+        rows = strip.rows.start % style.tokens, strip.rows.stop - strip.rows.start
+        if rows not in masks:
+            masks[rows] = self.seen(record, chunk, style, strip.rows)
+        axis = style.keys_axis
+        known, doubtful = (
+            lax.slice_in_dim(s, *keys, axis=axis)
+            for keys in ((0, chunk.doubtful), (chunk.doubtful, chunk.size))
+        )
+        doubtful = jnp.where(masks[rows], doubtful, UNSEEN)
+        return jnp.concatenate([known, doubtful], axis=axis) if chunk.doubtful else doubtful
+
+    def seen(self, record: Noted, chunk: Chunk, style: Style, rows: slice) -> jax.Array:
+        """Whether queries see the doubtful keys, as `logits` lie."""
+        count, keys, axis = rows.stop - rows.start, chunk.size - chunk.doubtful, style.keys_axis
+        shape = (keys, count) if style.columns else (count, keys)
+        key = record.key + chunk.begin + chunk.doubtful + iota(flash.line(keys, axis), axis)
+        token = (rows.start + iota(flash.line(count, 1 - axis), 1 - axis)) & (style.tokens - 1)
+        query = record.position + token
+        seen = jnp.broadcast_to(key < record.key + record.span, shape)
+        if self.problem.causal:
+            before = key <= query
+            if self.problem.tree:
+                drafts = record.is_tree == 1
+                before = (before & ~drafts) | (self.ancestor(record, style, rows, key) & drafts)
+            seen &= before
+        if self.problem.windowed:
+            seen &= (key > query - record.window) | (record.window == 0)
+        return seen
+
+    def ancestor(self, record: Noted, style: Style, rows: slice, key: jax.Array) -> jax.Array:
+        """Whether a key is a token's ancestor, or before the request's queries."""
+        count = rows.stop - rows.start
+        begin, distinct = rows.start % style.tokens, min(count, style.tokens)
+        place = (record.row & 7) + begin
+        words = self.vmem.tree[self.block_slot(record), pl.ds(place, distinct)]
+        if count > distinct:
+            words = jnp.concatenate([words] * (count // distinct), axis=0)
+        words = words.T if style.columns else words
+        low, high = (lax.slice_in_dim(words, i, i + 1, axis=style.keys_axis) for i in (0, 1))
+        draft = key - record.first
+        draft = jnp.broadcast_to(draft, jnp.broadcast_shapes(draft.shape, low.shape))
+        word = jnp.where(draft < 32, low, high)
+        bit = lax.shift_right_logical(word, draft & 31) & 1
+        return (draft < 0) | (bit == 1)

@@ -1,0 +1,96 @@
+"""Blocks of many queries: a query is a column, and no logit is kept.
+
+A weight is taken relative to the largest logit that its query knew before the chunk, so that it is
+made as its logit leaves the matrix unit; any common factor of weights and their sum cancels. Before
+its first chunk a query looks at a few keys. A query whose chunk has a logit far above, whose weight
+might overflow, leaves the chunk out and takes it afterwards, looking first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from ragged_attention import flash
+from ragged_attention.chunks import Chunk, Strip
+from ragged_attention.flash import UNSEEN
+from ragged_attention.plan import Style
+from ragged_attention.rows import Rows
+from ragged_attention.schedule import Noted
+from tpukit.buffers import repeat
+
+LOOK = 64  # keys that are looked at first: a group of any type
+FAR = 32.0  # to base 2: weights stay below 2^32, and a value may be as large as 2^90
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns(Rows):
+    """How columns meet keys."""
+
+    def columns(self, record: Noted, chunk: Chunk, style: Style) -> None:
+        """All heads' columns meet a chunk."""
+        index = self.chunk_index(chunk)
+
+        def some(heads: list[Any]) -> None:
+            masks: dict[Any, jax.Array] = {}
+            for head in heads:
+                k = self.keys_of(head, chunk)
+                v = flash.turned(self.values_of(record, head, chunk))
+                for columns in style.strips:
+                    strip = Strip(head, columns)
+                    s = self.logits(record, chunk, style, strip, k, masks)
+                    old = self.columns_of(*strip)
+                    new, far = flash.add(old, s, v)
+                    self.vmem.far[index, head, :, columns] = far
+                    near = far <= FAR  # not so where it is NaN
+                    self.keep_columns(*strip, flash.select(near, new, old))
+
+        self.some_heads(style, some)
+
+    def look(self, record: Noted, slot: jax.Array, style: Style) -> None:
+        """Before the first tile: columns know the largest logit of some keys that they see."""
+        size = self.plan.chunk if self.problem.windowed else LOOK
+        chunk = Chunk(slot, 0, size, 0, 0)
+
+        def some(heads: list[Any]) -> None:
+            masks: dict[Any, jax.Array] = {}
+            for head in heads:
+                k = self.keys_of(head, chunk)
+                for columns in style.strips:
+                    strip = Strip(head, columns)
+                    s = self.logits(record, chunk, style, strip, k, masks)
+                    blank = self.blank_columns(*strip, style)
+                    self.keep_columns(*strip, flash.look(blank, s))
+
+        self.some_heads(style, some)
+
+    def catch_up(self, record: Noted, slot: jax.Array, style: Style, chunks: jax.Array) -> None:
+        """Columns that left out one of the tile's first `chunks` chunks take it."""
+
+        def check(i: jax.Array) -> None:
+            far = self.vmem.far[i, :, :, : style.rows]
+            some = jnp.max(jnp.where(far <= FAR, 0, 1)) > 0
+            chunk = Chunk(slot, i * self.plan.chunk, self.plan.chunk, 0, 0)
+            pl.when(some)(lambda: repeat(self.layout.kv_heads, lambda h: take(h, chunk)))
+
+        def take(head: jax.Array, chunk: Chunk) -> None:
+            k = self.keys_of(head, chunk)
+            v = flash.turned(self.values_of(record, head, chunk))
+            masks: dict[Any, jax.Array] = {}
+            for columns in style.strips:
+                strip = Strip(head, columns)
+                s = self.logits(record, chunk, style, strip, k, masks)
+                near = self.vmem.far[self.chunk_index(chunk), head, :, columns] <= FAR
+                s = jnp.where(jnp.broadcast_to(near[:1], s.shape), UNSEEN, s)
+                new, _ = flash.add(flash.look(self.columns_of(*strip), s), s, v)
+                self.keep_columns(*strip, new)
+
+        repeat(chunks, check)
+
+    def chunk_index(self, chunk: Chunk) -> Any:
+        """Number of a chunk in its tile."""
+        return chunk.begin >> (self.plan.chunk.bit_length() - 1)
