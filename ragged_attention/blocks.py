@@ -61,7 +61,7 @@ class Blocks(Tiles):
     def pieces(self, style: Style, first: Any, count: int) -> list[tuple[slice, Any]]:
         """A section's rows of a head, one query head after another, and where they are of all."""
         if count == style.tokens:
-            return [(slice(0, style.rows), slice(0, style.rows))]
+            return [(slice(0, style.rows), pl.ds(0, style.rows))]
         return [
             (slice(g * count, (g + 1) * count), pl.ds(g * style.tokens + first, count))
             for g in range(self.problem.group)
@@ -72,18 +72,18 @@ class Blocks(Tiles):
         cap = self.problem.soft_cap
         return self.hbm.scales[0, head] * (LOG2_E if cap is None else 1 / cap)
 
-    def blank(self, head: Any, rows: slice, style: Style) -> Softmax:
+    def blank(self, head: Any, rows: pl.Slice, style: Style) -> Softmax:
         """What rows know that have seen nothing, or their sinks only."""
-        shape = (rows.stop - rows.start, LANES)
+        shape = (rows.size, LANES)
         nothing = jnp.zeros((shape[0], self.layout.vals.width), jnp.float32)
         if self.hbm.sinks is None:
             floor = jnp.full(shape, FLOOR, jnp.float32)
             return Softmax(floor, jnp.zeros(shape, jnp.float32), nothing)
         first = head * self.problem.group
         if style.tokens == 1:
-            sink = self.hbm.sinks[first + rows.start : first + rows.stop]
+            sink = self.hbm.sinks[first + rows.start : first + rows.start + rows.size]
         else:
-            heads = range(rows.start // style.tokens, -(-rows.stop // style.tokens))
+            heads = range(rows.start // style.tokens, -(-(rows.start + rows.size) // style.tokens))
             each = min(shape[0], style.tokens)
             sink = jnp.concatenate(
                 [
@@ -96,33 +96,33 @@ class Blocks(Tiles):
         top = jnp.maximum(sink, FLOOR)
         return Softmax(top, jnp.exp2(sink - top), nothing)
 
-    def known(self, head: Any, rows: slice, style: Style, opens: jax.Array) -> Softmax:
+    def known(self, head: Any, rows: pl.Slice, style: Style, opens: jax.Array) -> Softmax:
         """What rows know: nothing yet in the first tile, whatever the buffers hold."""
         blank = self.blank(head, rows, style)
         held = (ref[head, rows] for ref in self.vmem.rows)
         return Softmax(*(jnp.where(opens, new, old) for new, old in zip(blank, held, strict=True)))
 
-    def blank_columns(self, head: Any, columns: slice, style: Style) -> Softmax:
+    def blank_columns(self, head: Any, columns: pl.Slice, style: Style) -> Softmax:
         """What columns know that have seen nothing, or their sinks only."""
-        count, tokens = columns.stop - columns.start, style.tokens
+        count, tokens = int(columns.size), style.tokens
         nothing = jnp.zeros((self.layout.vals.width, count), jnp.float32)
         shape = (flash.SUBLANES, count)
         if self.hbm.sinks is None:
             floor = jnp.full(shape, FLOOR, jnp.float32)
             return Softmax(floor, jnp.zeros(shape, jnp.float32), nothing)
         first = head * self.problem.group
-        heads = range(columns.start // tokens, -(-columns.stop // tokens))
+        heads = range(columns.start // tokens, -(-(columns.start + count) // tokens))
         each = min(count, tokens)
         sinks = [flash.wide(self.hbm.sinks[pl.ds(first + g, 1)], each) for g in heads]
         sink = jnp.broadcast_to(jnp.concatenate(sinks, axis=1) * LOG2_E, shape)
         top = jnp.maximum(sink, FLOOR)
         return Softmax(top, jnp.exp2(sink - top), nothing)
 
-    def columns_of(self, head: Any, columns: slice) -> Softmax:
+    def columns_of(self, head: Any, columns: pl.Slice) -> Softmax:
         """What columns know."""
         return Softmax(*(ref[head, :, columns] for ref in self.vmem.columns))
 
-    def keep_columns(self, head: Any, columns: slice, state: Softmax) -> None:
+    def keep_columns(self, head: Any, columns: pl.Slice, state: Softmax) -> None:
         """Keeps what columns know."""
         for ref, new in zip(self.vmem.columns, state, strict=True):
             ref[head, :, columns] = new

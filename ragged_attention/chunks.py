@@ -40,10 +40,16 @@ class Chunk(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Rows of a head, or columns, that are computed together."""
+    """Rows of a head, or columns, that are computed together: `count`, from `begin` on."""
 
     head: Any
-    rows: slice
+    begin: Any
+    count: int
+
+    @property
+    def rows(self) -> pl.Slice:
+        """Where they are."""
+        return pl.ds(self.begin, self.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,39 +98,46 @@ class Chunks(Blocks):
         s = flash.logits(q, k, self.factor(strip.head), self.problem.soft_cap, style.columns)
         if chunk.doubtful == chunk.size:
             return s
-        rows = strip.rows.start % style.tokens, strip.rows.stop - strip.rows.start
-        if rows not in masks:
-            masks[rows] = self.seen(record, chunk, style, strip.rows)
-        axis = style.keys_axis
-        known, doubtful = (
-            lax.slice_in_dim(s, *keys, axis=axis)
-            for keys in ((0, chunk.doubtful), (chunk.doubtful, chunk.size))
-        )
-        doubtful = jnp.where(masks[rows], doubtful, UNSEEN)
+        axis, count = style.keys_axis, strip.count
+        distinct = min(count, max(style.tokens, LANES)) if style.columns else count
+        begin = 0 if style.columns else strip.begin % style.tokens  # whole blocks are columns
+        if (begin, distinct) not in masks:
+            masks[begin, distinct] = self.seen(record, chunk, style, begin, distinct)
+
+        def masked(x: jax.Array, first: int) -> jax.Array:
+            part = lax.slice_in_dim(x, first, first + distinct, axis=1 - axis)
+            return jnp.where(masks[begin, distinct], part, UNSEEN)
+
+        known = lax.slice_in_dim(s, 0, chunk.doubtful, axis=axis)
+        doubtful = lax.slice_in_dim(s, chunk.doubtful, chunk.size, axis=axis)
+        parts = [masked(doubtful, first) for first in range(0, count, distinct)]
+        doubtful = jnp.concatenate(parts, axis=1 - axis)
         return jnp.concatenate([known, doubtful], axis=axis) if chunk.doubtful else doubtful
 
-    def seen(self, record: Noted, chunk: Chunk, style: Style, rows: slice) -> jax.Array:
-        """Whether queries see the doubtful keys, as `logits` lie."""
-        count, keys, axis = rows.stop - rows.start, chunk.size - chunk.doubtful, style.keys_axis
+    def seen(self, record: Noted, chunk: Chunk, style: Style, begin: int, count: int) -> jax.Array:
+        """Whether `count` queries, from token `begin` on, see the doubtful keys; as `logits`."""
+        keys, axis = chunk.size - chunk.doubtful, style.keys_axis
         shape = (keys, count) if style.columns else (count, keys)
         key = record.key + chunk.begin + chunk.doubtful + iota(flash.line(keys, axis), axis)
-        token = (rows.start + iota(flash.line(count, 1 - axis), 1 - axis)) & (style.tokens - 1)
+        token = (begin + iota(flash.line(count, 1 - axis), 1 - axis)) & (style.tokens - 1)
         query = record.position + token
         seen = jnp.broadcast_to(key < record.key + record.span, shape)
         if self.problem.causal:
             before = key <= query
             if self.problem.tree:
                 drafts = record.is_tree == 1
-                before = (before & ~drafts) | (self.ancestor(record, style, rows, key) & drafts)
+                ancestor = self.ancestor(record, style, begin, count, key)
+                before = (before & ~drafts) | (ancestor & drafts)
             seen &= before
         if self.problem.windowed:
             seen &= (key > query - record.window) | (record.window == 0)
         return seen
 
-    def ancestor(self, record: Noted, style: Style, rows: slice, key: jax.Array) -> jax.Array:
+    def ancestor(
+        self, record: Noted, style: Style, begin: int, count: int, key: jax.Array
+    ) -> jax.Array:
         """Whether a key is a token's ancestor, or before the request's queries."""
-        count = rows.stop - rows.start
-        begin, distinct = rows.start % style.tokens, min(count, style.tokens)
+        distinct = min(count, style.tokens)
         place = (record.row & 7) + begin
         words = self.vmem.tree[self.block_slot(record), pl.ds(place, distinct)]
         if count > distinct:

@@ -41,13 +41,13 @@ class Columns(Rows):
                 k = self.keys_of(head, chunk)
                 v = flash.turned(self.values_of(record, head, chunk))
                 for columns in style.strips:
-                    strip = Strip(head, columns)
+                    strip = Strip(head, *columns)
                     s = self.logits(record, chunk, style, strip, k, masks)
-                    old = self.columns_of(*strip)
+                    old = self.columns_of(head, strip.rows)
                     new, far = flash.add(old, s, v)
-                    self.vmem.far[index, head, :, columns] = far
+                    self.vmem.far[index, head, :, strip.rows] = far
                     near = far <= FAR  # not so where it is NaN
-                    self.keep_columns(*strip, flash.select(near, new, old))
+                    self.keep_columns(head, strip.rows, flash.select(near, new, old))
 
         self.some_heads(style, some)
 
@@ -61,33 +61,34 @@ class Columns(Rows):
             for head in heads:
                 k = self.keys_of(head, chunk)
                 for columns in style.strips:
-                    strip = Strip(head, columns)
+                    strip = Strip(head, *columns)
                     s = self.logits(record, chunk, style, strip, k, masks)
-                    blank = self.blank_columns(*strip, style)
-                    self.keep_columns(*strip, flash.look(blank, s))
+                    blank = self.blank_columns(head, strip.rows, style)
+                    self.keep_columns(head, strip.rows, flash.look(blank, s))
 
         self.some_heads(style, some)
 
     def catch_up(self, record: Noted, slot: jax.Array, style: Style, chunks: jax.Array) -> None:
         """Columns that left out one of the tile's first `chunks` chunks take it."""
+        count = next(iter(style.strips))[1]
+        strips = style.rows // count
 
         def check(i: jax.Array) -> None:
             far = self.vmem.far[i, :, :, : style.rows]
             some = jnp.max(jnp.where(far <= FAR, 0, 1)) > 0
             chunk = Chunk(slot, i * self.plan.chunk, self.plan.chunk, 0, 0)
-            pl.when(some)(lambda: repeat(self.layout.kv_heads, lambda h: take(h, chunk)))
+            heads = self.layout.kv_heads
+            pl.when(some)(lambda: repeat(heads * strips, lambda n: take(n, chunk)))
 
-        def take(head: jax.Array, chunk: Chunk) -> None:
-            k = self.keys_of(head, chunk)
+        def take(n: jax.Array, chunk: Chunk) -> None:
+            head, begin = n // strips, pl.multiple_of(n % strips * count, count)
+            strip = Strip(head, begin, count)
+            s = self.logits(record, chunk, style, strip, self.keys_of(head, chunk), {})
+            near = self.vmem.far[self.chunk_index(chunk), head, :, strip.rows] <= FAR
+            s = jnp.where(jnp.broadcast_to(near[:1], s.shape), UNSEEN, s)
             v = flash.turned(self.values_of(record, head, chunk))
-            masks: dict[Any, jax.Array] = {}
-            for columns in style.strips:
-                strip = Strip(head, columns)
-                s = self.logits(record, chunk, style, strip, k, masks)
-                near = self.vmem.far[self.chunk_index(chunk), head, :, columns] <= FAR
-                s = jnp.where(jnp.broadcast_to(near[:1], s.shape), UNSEEN, s)
-                new, _ = flash.add(flash.look(self.columns_of(*strip), s), s, v)
-                self.keep_columns(*strip, new)
+            new, _ = flash.add(flash.look(self.columns_of(head, strip.rows), s), s, v)
+            self.keep_columns(head, strip.rows, new)
 
         repeat(chunks, check)
 

@@ -209,10 +209,10 @@ class Style:
         return 0 if self.columns else 1
 
     @property
-    def strips(self) -> Iterator[slice]:
-        """Rows that are computed together."""
-        step = min(self.rows, STRIP_COLUMNS if self.columns else STRIP_ROWS)
-        return (slice(r, min(r + step, self.rows)) for r in range(0, self.rows, step))
+    def strips(self) -> Iterator[tuple[int, int]]:
+        """Rows, or columns, that are computed together: the first, and how many."""
+        step = math.gcd(self.rows, STRIP_COLUMNS) if self.columns else min(self.rows, STRIP_ROWS)
+        return ((r, min(step, self.rows - r)) for r in range(0, self.rows, step))
 
 
 def style_of(problem: Problem, tokens: int, side: int) -> Style:
@@ -275,7 +275,7 @@ def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
     values = strip * plan.chunk * 4 * 4 + plan.chunk * problem.layout.width * 2
     dim = round_up(max(problem.layout.key_dim, problem.layout.value_dim), LANES)
     tokens = min(plan.queries, SECTION)  # that are laid out at once
-    values += 2 * tokens * round_up(problem.q_heads, 8) * dim * 4
+    values = max(values, 2 * tokens * round_up(problem.q_heads, 8) * dim * 4)
     return vmem_bytes(problem, plan, chip) + values + 6 * 2**20
 
 

@@ -21,7 +21,7 @@ class Rows(Chunks):
         """All heads' rows meet a chunk."""
 
         def some(heads: list[Any]) -> None:
-            strips = [Strip(h, rows) for h in heads for rows in style.strips]
+            strips = [Strip(h, *rows) for h in heads for rows in style.strips]
             self.row_strips(record, chunk, style, strips)
 
         self.some_heads(style, some)
@@ -38,7 +38,7 @@ class Rows(Chunks):
             return cache[id(key)]
 
         def fold(strip: Strip, s: jax.Array) -> None:
-            head, rows = strip
+            head, rows = strip.head, strip.rows
             state = self.known(head, rows, style, opens)
             v = once(values, head, lambda h: self.values_of(record, h, chunk))
             state = flash.fold(state, s, v, self.problem.compute_dtype)
