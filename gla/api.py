@@ -109,7 +109,8 @@ def gla(  # noqa: PLR0913  (each by its name)
       validate: check values as well (eager calls only): slots, duplicates, bounds, decays.
 
     Returns:
-      o [tokens, heads, value_dim] in the dtype of v, and the new pool; gradients: `gla.gradient`.
+      o [tokens, heads, value_dim] in the dtype of v, and the new pool. Differentiable in q, k, v,
+      the pool, decays and beta, but not with drafts, snapshots, a prologue or an epilogue.
 
     Raises:
       ArgumentError: an argument that can never work: what it was, what it needs.
@@ -134,7 +135,7 @@ def gla(  # noqa: PLR0913  (each by its name)
     if not problem.any_work:
         return jnp.zeros_like(v), state_pool
     around = fusions.operands(prologue, epilogue, problem.num_tokens)
-    arrays, rows = Arrays(q, k, v, state_pool), Rows(*batch, drafts, snapshots, around, beta)
+    arrays, rows = Arrays(q, k, v, state_pool, beta), Rows(*batch, drafts, snapshots, around)
     return differentiable(Kernel(target, plan, scale, chosen), problem, arrays, rows, decay)
 
 
@@ -433,7 +434,8 @@ class Kernel:
         mine = self.plan is not None and PLANS.fits(problem, self.plan, self.chip)
         plan = plan_for(problem, self.chip, self.plan if mine else None).plan
         batch = (rows.slot_ids, rows.cu_seqlens, rows.has_state)
-        call = Call(arrays, batch, decay, rows.drafts, rows.snapshots, rows.around, rows.beta)
+        more = (rows.drafts, rows.snapshots, rows.around, arrays.beta)
+        call = Call(arrays[:4], batch, decay, *more)
         return launch(call, problem, plan, self.scale, self.chosen)
 
 

@@ -20,7 +20,7 @@ W_{t+1} + q_t . dq_t, it is a sum from the far end of time:
 Errors add up along it: of a decay per token to about 1 % over thousands of tokens in bf16, to 1e-4
 in f32. The sum over time that a decay per head needs would be mostly error, and is left to
 differentiation of the reference, in f32 and as slow. So is, so far, everything of a decay per key
-channel.
+channel and of the delta rule: there only the forward pass is the kernel.
 
 All exponents are those of the kernel, differences that are never positive. Nothing is saved but the
 arguments and the requests' initial states. Clipped log decays have a gradient of 0.
@@ -53,6 +53,7 @@ class Arrays(NamedTuple):
     k: jax.Array  # [T, qk_heads, key_dim]
     v: jax.Array  # [T, heads, value_dim]
     pool: jax.Array  # [slots, heads, key_dim, value_dim]
+    beta: jax.Array | None = None  # [T, heads]
 
 
 class Rows(NamedTuple):
@@ -64,7 +65,6 @@ class Rows(NamedTuple):
     drafts: Drafts | None = None
     snapshots: Snapshots | None = None
     around: Around = Around()  # arrays of the prologue and the epilogue
-    beta: jax.Array | None = None
 
 
 class Run(Protocol):
@@ -117,14 +117,14 @@ def _call(
 def _forward(
     run: Run, problem: Problem, arrays: Any, rows: Any, decay: Any
 ) -> tuple[tuple[jax.Array, jax.Array], Saved]:
-    more = (rows.drafts, rows.snapshots, rows.beta, problem.prologue, problem.epilogue)
+    more = (rows.drafts, rows.snapshots, problem.prologue, problem.epilogue)
     if any(x is not None for x in more):
         raise UnsupportedError(
             where="gla",
-            what="a gradient with drafts, snapshots, beta, a prologue or an epilogue",
+            what="a gradient with drafts, snapshots, a prologue or an epilogue",
             place="the kernel",
             why="it is not implemented",
-            advice="Use gla.norm_rope and gla.norm_gate; for beta, implementation='reference'.",
+            advice="Use gla.norm_rope and gla.norm_gate around the call.",
         )
     learns_decay = decay.g.perturbed
     arrays, rows, decay = custom_vjp_primal_tree_values((arrays, rows, decay))
@@ -134,7 +134,7 @@ def _forward(
 
 
 def _backward(run: Run, problem: Problem, saved: Saved, cotangents: tuple[Any, Any]) -> Any:
-    (q, k, v, states), rows, decay = saved.arrays, saved.rows, saved.decay
+    (q, k, v, states, beta), rows, decay = saved.arrays, saved.rows, saved.decay
     d_o, d_pool = cotangents
     if isinstance(d_o, SymbolicZero):
         d_o = jnp.zeros(v.shape, v.dtype)
@@ -151,10 +151,11 @@ def _backward(run: Run, problem: Problem, saved: Saved, cotangents: tuple[Any, A
 
     def plain(arrays: Arrays, decay: Decay) -> tuple[jax.Array, jax.Array]:
         options = {"decay": decay, "scale": run.scale, "reverse": problem.form.reverse}
-        return reference.chunked(*arrays, index, rows.cu_seqlens, requests.resumes, **options)
+        batch = (index, rows.cu_seqlens, requests.resumes)
+        return reference.chunked(*arrays[:4], *batch, beta=arrays.beta, **options)
 
-    if problem.per_channel:
-        arrays, d_decay = jax.vjp(plain, Arrays(q, k, v, initial), decay)[1]((d_o, final))
+    if problem.per_channel or problem.delta:
+        arrays, d_decay = jax.vjp(plain, Arrays(q, k, v, initial, beta), decay)[1]((d_o, final))
         d_initial = kept(requests.resumes, arrays.pool)
         d_pool = pool_gradient(d_pool, d_initial, requests, problem)
         return arrays._replace(pool=d_pool), None, d_decay

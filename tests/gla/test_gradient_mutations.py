@@ -5,10 +5,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from gla import gradient, kernel, schedule
+from reference import gla as reference
 from tests.gla import oracle
-from tests.gla.test_gradient import check_f32, pullback
+from tests.gla.test_gradient import ONE, check_f32, delta_batch, pullback
 from tpukit import interpret
 
 RAGGED = dict(lengths=[3, 35, 1, 6], slots=[1, 0, -1, 0], known=[True] * 4, tokens=48)
@@ -19,12 +21,17 @@ BATCHES = {
     for per_token in (False, True)
 }
 BATCHES[True].g[5] = 0.5
+DELTA = delta_batch(58, [3, 35, 1], "token", known=[True] * 3)
 
 
 def passes(per_token=True):
+    return green(BATCHES[per_token])
+
+
+def green(batch, *plan):
     pullback.cache_clear()
     try:
-        check_f32(BATCHES[per_token])
+        check_f32(batch, *plan)
     except (AssertionError, interpret.InterpretError):
         return False
     finally:
@@ -69,3 +76,28 @@ def test_every_fault_is_caught(name, monkeypatch):
     assert hasattr(owner, attribute)
     monkeypatch.setattr(owner, attribute, fault)
     assert not passes()
+
+
+good_inverse, good_read, good_chunked = reference.delta_inverse, reference.read, reference.chunked
+DELTA_FAULTS = {
+    "beta not differentiated": (reference, "chunked", lambda *args, beta, **kwargs: good_chunked(*args, beta=lax.stop_gradient(beta), **kwargs)),
+    "not the delta rule": (reference, "chunked", lambda *args, beta, **kwargs: good_chunked(*args, **kwargs)),
+    "inverse as constant": (reference, "delta_inverse", lambda *args: lax.stop_gradient(good_inverse(*args))),
+    "decays within as constants": (reference, "delta_inverse", with_argument(good_inverse, 1, lax.stop_gradient)),
+    "inverse without strengths": (reference, "delta_inverse", with_argument(good_inverse, 2, jnp.ones_like)),
+    "state read undecayed": (reference, "read", with_argument(good_read, 1, jnp.zeros_like)),
+    "written slots keep theirs": FAULTS["written slots keep theirs"],
+    "no states": FAULTS["no states"],
+}  # fmt: skip
+
+
+def test_the_gradient_of_the_delta_rule_passes():
+    assert green(DELTA, ONE)
+
+
+@pytest.mark.parametrize("name", DELTA_FAULTS)
+def test_every_fault_of_the_delta_rule_is_caught(name, monkeypatch):
+    owner, attribute, fault = DELTA_FAULTS[name]
+    assert hasattr(owner, attribute)
+    monkeypatch.setattr(owner, attribute, fault)
+    assert not green(DELTA, ONE)

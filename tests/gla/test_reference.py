@@ -69,6 +69,26 @@ def test_gradients_are_right_and_finite_at_the_strongest_slope(chunk):
         assert oracle.error(found, wanted) < 2e-5
 
 
+@pytest.mark.parametrize("strongest", [0.01, 29.9])
+@pytest.mark.parametrize("delta", [False, True])
+def test_gradients_of_decays_keep_their_digits(strongest, delta):
+    """Those of strong decays are tiny, of terms that would be far from it."""
+    batch = oracle.random_batch(5, [150], dtype=np.float32, known=[True], delta=delta, heads=2)
+    g = -np.float32([strongest, strongest / 2])
+
+    def gradient(function, g, **options):
+        def value(g):
+            gates = {"decay": gla.HeadDecay(g), "beta": batch.strength}
+            return jnp.sum(function(*batch.args(), **gates, **options)[0])
+
+        return jax.grad(value)(g)
+
+    with jax.enable_x64(True):
+        wanted = gradient(reference.recurrent, g.astype(np.float64), dtype=jnp.float64)
+    found = gradient(reference.chunked, g)
+    assert oracle.error(found, wanted, axis=()) < 1e-4
+
+
 def test_operands_are_rounded_where_asked():
     batch = oracle.random_batch(4, [100])
     wanted = oracle.exact(batch)[0]
