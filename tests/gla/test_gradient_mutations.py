@@ -10,9 +10,10 @@ from jax import lax
 from gla import gradient, kernel, schedule
 from reference import gla as reference
 from tests.gla import oracle
-from tests.gla.test_gradient import ONE, check_f32, delta_batch, pullback
+from tests.gla.test_gradient import ONE, check_f32, delta_batch, no_forward, pullback
 from tpukit import interpret
 
+__all__ = ["no_forward"]
 RAGGED = dict(lengths=[3, 35, 1, 6], slots=[1, 0, -1, 0], known=[True] * 4, tokens=48)
 BATCHES = {
     per_token: oracle.random_batch(
@@ -91,10 +92,12 @@ DELTA_FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_forward")
 def test_the_gradient_of_the_delta_rule_passes():
     assert green(DELTA, ONE)
 
 
+@pytest.mark.usefixtures("no_forward")
 @pytest.mark.parametrize("name", DELTA_FAULTS)
 def test_every_fault_of_the_delta_rule_is_caught(name, monkeypatch):
     owner, attribute, fault = DELTA_FAULTS[name]
