@@ -109,8 +109,7 @@ def gla(  # noqa: PLR0913  (each by its name)
       validate: check values as well (eager calls only): slots, duplicates, bounds, decays.
 
     Returns:
-      o [tokens, heads, value_dim] in the dtype of v, and the new pool. Differentiable in q, k, v,
-      the pool, decays and beta, but not with drafts, snapshots, a prologue or an epilogue.
+      o [tokens, heads, value_dim] in the dtype of v, and the new pool; gradients: `gla.gradient`.
 
     Raises:
       ArgumentError: an argument that can never work: what it was, what it needs.

@@ -251,8 +251,11 @@ def chunked(
         taken = x.astype(jnp.float32).at[rows].get(mode="fill", fill_value=0)
         return jnp.moveaxis(taken, 1, 2)
 
+    bits = jnp.finfo(operands)
+
     def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        a, b = (x.astype(operands).astype(jnp.float32) for x in (a, b))
+        # under jit XLA drops conversions there and back
+        a, b = (lax.reduce_precision(x, int(bits.nexp), int(bits.nmant)) for x in (a, b))
         return jnp.einsum(equation, a, b, precision=lax.Precision.HIGHEST)
 
     group = heads // q.shape[1]

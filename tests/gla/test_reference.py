@@ -97,6 +97,16 @@ def test_operands_are_rounded_where_asked():
     assert 1.1 * plain < rounded < 3.5e-3
 
 
+def test_operands_are_rounded_under_jit_too():
+    batch = oracle.random_batch(6, [100], dtype=np.float32, per_channel=True)
+
+    def rounded(*args):
+        options = {"decay": batch.decay, "operands": jnp.bfloat16}
+        return reference.chunked(*args, **options)[0]
+
+    assert oracle.error(jax.jit(rounded)(*batch.args()), rounded(*batch.args())) < 2e-4
+
+
 def test_slopes():
     ling = np.asarray(gla.ling_decay(64, layer=1, num_layers=80).g)
     np.testing.assert_allclose(ling[0], -(2 ** (-1 / 8)) * (1 + 1e-5), rtol=1e-6)
