@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fused_moe
+from microbench import peers as others
 from microbench.case import Call, Case, Check, Cost
 from microbench.static import longest_pass
 from reference import fused_moe as reference
@@ -339,12 +340,20 @@ def steered(case: Case, seed: int) -> Call:
 
 
 def peers(case: Case, seed: int) -> Mapping[str, Call]:
-    """On one device, sorted rows and `lax.ragged_dot`; XLA's collectives are not predicted."""
+    """On one device, sorted rows and grouped matmuls; XLA's collectives are not predicted."""
     shape = _shape(case).padded
     if shape.devices > 1:
         return {}
     _, args = steered(case, seed)
-    return {"sorted rows, lax.ragged_dot": (_kernel(shape, implementation="grouped"), args)}
+    found = {"sorted rows, lax.ragged_dot": (_kernel(shape, implementation="grouped"), args)}
+    if shape.shared or shape.block or shape.biased:
+        return found
+    named = Inputs(*args)
+    wide = named._replace(routed=others.widened(named.routed))
+    found["sorted rows, JAX's megablox gmm, bfloat16"] = others.grouped_moe(others.megablox, wide)
+    if others.has_tokamax():
+        found["sorted rows, tokamax's gmm_v2"] = others.grouped_moe(others.tokamax_grouped, named)
+    return found
 
 
 def cost(case: Case) -> Cost:

@@ -25,6 +25,7 @@ import numpy as np
 
 import gla
 from gla.schedule import ROWS
+from microbench import peers as others
 from microbench.case import Call, Case, Check, Cost
 from microbench.cases._gla_bundles import Schedule
 from reference import gla as reference
@@ -382,9 +383,31 @@ def steered(case: Case, seed: int) -> Call:
 
 
 def peers(case: Case, seed: int) -> Mapping[str, Call]:
-    """What XLA makes of the chunked form; JAX has no kernel for it."""
-    _, args = steered(case, seed)
-    return {"XLA, chunked form": (reference_fn(case), args)}
+    """XLA's chunked form, or one step where all decode with decays per head; tokamax's KDA."""
+    shape, (_, args) = _shape(case), steered(case, seed)
+    if shape.decay == "head" and not (shape.prefills or shape.around):
+        return {"XLA, one step": (jax.jit(_step(shape), donate_argnums=3), args)}
+    found = {"XLA, chunked form": (reference_fn(case), args)}
+    kda = shape.delta and shape.decay == "channel" and len(set(shape.lengths)) == 1
+    if kda and shape.prefills and others.has_tokamax():
+        found["tokamax's kimi_delta_attention"] = others.tokamax_kda(shape)
+    return found
+
+
+def _step(shape: Shape) -> Callable[..., Any]:
+    """A token of every request, as one writes it for XLA."""
+
+    def fn(*args: Any) -> tuple[jax.Array, jax.Array]:
+        (q, k, v, pool, slots, _, _), named = _arguments(shape, Inputs(*args))
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        decays = jnp.exp(named["decay"].g)[:, None, None]
+        states = pool[slots].astype(jnp.float32) * decays
+        states += k[..., None] * v[..., None, :]
+        o = jnp.einsum("nhk,nhkv->nhv", q, states) * shape.key_dim**-0.5
+        out = pool.at[slots].set(states.astype(pool.dtype))
+        return o.astype(shape.dtype).reshape(len(o), -1), out
+
+    return fn
 
 
 def cost(case: Case) -> Cost:

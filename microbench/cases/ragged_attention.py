@@ -10,7 +10,6 @@ rows are bfloat16.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ragged_attention as ra
+from microbench import peers as others
 from microbench.case import Call, Case, Check, Cost
 from ragged_attention.plan import HEADS_AT_ONCE, MANY
 from tpukit import interpret
@@ -364,32 +364,21 @@ def steered(case: Case, seed: int) -> Call:
 
 
 def peers(case: Case, seed: int) -> Mapping[str, Call]:
-    """XLA where a token's keys can all be gathered, and JAX's own kernel where it applies."""
+    """XLA where a token's keys can all be gathered, and kernels of others where they apply."""
     shape, (_, args) = _shape(case), steered(case, seed)
-    found: dict[str, Call] = {}
-    if max(shape.q_lens) == 1:
+    ones, found = max(shape.q_lens) == 1, dict[str, Call]()
+    if ones:
         found["XLA, gathered keys"] = (reference_fn(case), args)
-    if not (shape.latent or shape.tree) and shape.key_dim == shape.value_dim:
-        found["JAX's ragged_paged_attention, no cache update"] = _jax_kernel(shape, Inputs(*args))
+    if shape.latent or shape.tree or shape.key_dim != shape.value_dim:
+        return found
+    named = Inputs(*args)
+    if ones and not shape.window:
+        found["JAX's paged_attention, no cache update"] = others.jax_paged_attention(shape, named)
+    name = "JAX's ragged_paged_attention, no cache update"
+    found[name] = others.jax_ragged_paged_attention(shape, named)
+    if others.has_tokamax():
+        found["tokamax's batched_rpa"] = others.tokamax_paged_attention(shape, named)
     return found
-
-
-def _jax_kernel(shape: Shape, args: Inputs) -> Call:
-    """`jax.experimental.pallas.ops.tpu.ragged_paged_attention` with its own block sizes."""
-    kernel = importlib.import_module("jax.experimental.pallas.ops.tpu.ragged_paged_attention")
-    table = np.zeros((len(shape.pages), max(shape.pages)), np.int32)
-    for row, (begin, count) in enumerate(zip(args.page_offsets, shape.pages, strict=False)):
-        table[row, :count] = args.page_indices[int(begin) : int(begin) + count]
-    size = (shape.pool, shape.page_size, 2 * shape.kv_heads, shape.key_dim)
-    pages = jax.ShapeDtypeStruct(size, jnp.dtype(shape.cache))
-    steer = args.kv_lens, jnp.asarray(table), args.cu_q_lens, jnp.array([len(shape.pages)])
-
-    def fn(q: Any, pages: Any, *steer: Any) -> jax.Array:
-        return kernel.ragged_paged_attention(
-            q, pages, *steer, sm_scale=shape.key_dim**-0.5, sliding_window=shape.window or None
-        )
-
-    return fn, (args.q, pages, *steer)
 
 
 def cost(case: Case) -> Cost:

@@ -26,6 +26,7 @@ ONLY_IN = {
     "tpukit/pytest_plugin.py": frozenset({"pytest"}),
     "tpukit/predict/timeline.py": frozenset({"matplotlib"}),
     "microbench/report.py": frozenset({"matplotlib"}),
+    "microbench/peers.py": frozenset({"tokamax"}),
     "microbench/validation/peers.py": frozenset({"tokamax"}),
 }
 PRIVATE_JAX = "tpukit/_private.py"
