@@ -103,7 +103,10 @@ def select(options: Options) -> list[tuple[Suite, Case]]:
     if unknown:
         raise UsageError(f"no cases for kernel {unknown[0]!r}; there are {', '.join(known)}")
     suites = [cases.load(kernel) for kernel in options.kernels or known]
-    every = [(suite, case) for suite in suites for case in suite.CASES]
+    more = bool(options.case) or options.command == "list"
+    every = [
+        (suite, case) for suite in suites for case in (*suite.CASES, *(suite.MORE if more else ()))
+    ]
     exact = [(suite, case) for suite, case in every if case.name == options.case]
     found = exact or [(suite, case) for suite, case in every if options.case in case.name]
     if not found:

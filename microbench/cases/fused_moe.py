@@ -29,6 +29,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "ling-2.6-flash": {"hidden": 4096, "inter": 1024, "experts": 256, "groups": 8},
     "deepseek-v3": {"hidden": 7168, "inter": 2048, "experts": 256, "groups": 8, "block": 128},
     "qwen3-coder-480b": {"hidden": 6144, "inter": 2560, "experts": 160, "shared": 0},
+    "qwen3-235b": {"hidden": 4096, "inter": 1536, "experts": 128, "shared": 0},
+    "deepseek-v4-flash": {
+        "hidden": 4096,
+        "inter": 2048,
+        "experts": 256,
+        "top_k": 6,
+        "limit": 10.0,
+    },
+    "deepseek-v4-pro": {"hidden": 7168, "inter": 3072, "experts": 384, "top_k": 6, "limit": 10.0},
     "qwen3-30b": {"hidden": 2048, "inter": 768, "experts": 128, "shared": 0},
     "gpt-oss-120b": {
         "hidden": 2880,
@@ -120,6 +129,18 @@ CASES = (
     _case("qwen3-coder-480b", "prefill", 2048, 8),
     _case("gpt-oss-120b", "decode", 1024, 8),
     _case("qwen3-30b", "one device", 128, 1),
+)
+MORE = (  # a layer of experts knows tokens only: those of drafts and of prompts are the same to it
+    _case("deepseek-v3", "prefill", 16384, 32),
+    _case("deepseek-v4-flash", "prefill", 4096, 8),
+    _case("deepseek-v4-flash", "decode", 256, 8),
+    _case("deepseek-v4-pro", "prefill", 16384, 32),
+    _case("deepseek-v4-pro", "decode", 512, 32),
+    _case("qwen3-235b", "prefill", 4096, 8),
+    _case("qwen3-235b", "decode", 256, 8),
+    _case("qwen3-235b", "speculative", 1024, 8),
+    _case("qwen3-coder-480b", "decode", 256, 8),
+    _case("gpt-oss-120b", "prefill", 8192, 8),
 )
 
 

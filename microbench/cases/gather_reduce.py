@@ -51,6 +51,7 @@ CASES = (
     _case("deepseek-v2-lite", "dense"),
     _case("gpt-oss-120b", "dense"),
 )
+MORE = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,10 +64,11 @@ BATCHES: dict[str, tuple[int, tuple[int, ...]]] = {  # decodes, lengths of the p
 # Four drafts of each request, from a model's multi-token heads; a prefix cache of pages of 16 rows.
 DRAFTED = {"verify": (0, (4,) * 64), "tree": (0, (4,) * 64)}
 CACHED = {"snapshots": BATCHES["step"]}
+CHUNKED = {"chunked": (0, (2048, 2048))}  # the second goes on from a state
 
 
 def _case(model: str, batch: str, name: str = "", **changes: str) -> Case:
-    decodes, prefills = (BATCHES | DRAFTED | CACHED)[batch]
+    decodes, prefills = (BATCHES | DRAFTED | CACHED | CHUNKED)[batch]
     sizes = {"key_dim": 128, "value_dim": 128, "layer": 0, "dtype": "bfloat16", "state": "float32"}
     rule = RULES.get(model, {"decay": "head", "delta": False})
     sizes |= MODELS.get(model, MODELS["ling-2.6-1t"])
@@ -88,6 +89,10 @@ CASES = (
         for batch in BATCHES
         for around in ("fused", "unfused")
     ),
+)
+MORE = (
+    *(_case(model, "chunked") for model in MODELS),
+    *(_case("ling-2.6-flash", batch) for batch in (*DRAFTED, *CACHED)),
 )
 
 

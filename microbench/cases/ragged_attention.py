@@ -21,6 +21,7 @@ import numpy as np
 import ragged_attention as ra
 from microbench import peers as others
 from microbench.case import Call, Case, Check, Cost
+from microbench.cases._attention_models import MODELS, SITUATIONS
 from ragged_attention.plan import HEADS_AT_ONCE, MANY
 from tpukit import interpret
 from tpukit.listing import Region
@@ -68,7 +69,8 @@ class Shape:
         """The same kind of batch, small enough to be interpreted."""
         longest = max(self.kv_lens)
         kv_lens, q_lens = [], []
-        for i, (kv_len, q_len) in enumerate(list(zip(self.kv_lens, self.q_lens, strict=True))[:4]):
+        requests = list(zip(self.kv_lens, self.q_lens, strict=True))
+        for i, (kv_len, q_len) in enumerate(requests[:3] + requests[3:][-1:]):  # both ends of them
             new, old = min(q_len, 64), kv_len - q_len
             kv_lens.append(new + max(0, min(old, 300 * old // longest) - 37 * i))
             q_lens.append(new)
@@ -109,6 +111,15 @@ CASES = (
     _case("window/256-in-all", (256,) * 128),
     _case("drafts/tree", (4096,) * 16, 64, tree=True),
     _case("drafts/causal", (4096,) * 16, 64),
+)
+MORE = tuple(
+    Case(
+        "ragged_attention",
+        f"{model}/{situation}",
+        dataclasses.asdict(Shape(*zip(*requests, strict=True), **fields)),
+    )
+    for model, fields in MODELS.items()
+    for situation, requests in SITUATIONS.items()
 )
 
 

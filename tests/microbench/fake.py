@@ -21,6 +21,7 @@ CASES = (
     Case("fake", "model/right", {"rows": 64, "lengths": (1, 2), "fault": "none"}),
     Case("fake", "model/other", {"rows": 128, "lengths": (), "fault": "none"}),
 )
+MORE: tuple[Case, ...] = ()
 
 
 def double(x: jax.Array, rows: int, block: int) -> jax.Array:
