@@ -103,7 +103,8 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_string("case", "", "Only the case of this name, or those that contain it.", **own)
     flags.DEFINE_list("chip", list(CHIPS), "Chips to compile for.", **own)
     flags.DEFINE_multi_string("set", [], "key=value: changes a parameter of every case.", **own)
-    flags.DEFINE_multi_string("plan", [], "key=value: changes a field of every plan.", **own)
+    plan = "key=value: changes a field of every plan; tune: tries those fields and values only."
+    flags.DEFINE_multi_string("plan", [], plan, **own)
     flags.DEFINE_string("json", None, "File for the records, one JSON object a line.", **own)
     flags.DEFINE_string("csv", None, "File for the records, as a table.", **own)
     flags.DEFINE_bool("resume", False, "Take from the file of --json what it has.", **own)

@@ -4,7 +4,8 @@ Every case whose plan one entry of the kernel's table decides is tuned together.
 model's plan, one field after another takes the values of the package's choices; plans that the
 package's own checks or the compiler refuse drop out; of the others the predicted time decides (on a
 TPU the measured one). A change has to pay `TIE`, about the predictor's error, so that among equals
-the cost model's plan, which needs no entry, stays.
+the cost model's plan, which needs no entry, stays. `--plan field=value` narrows the search to those
+fields and those values.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import datetime
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,23 @@ def groups(suite: Suite, cases: Sequence[Case], chip: str) -> Iterator[tuple[Any
     yield from found.values()
 
 
+def choices(rooms: Any, options: Options) -> Mapping[str, Sequence[Any]]:
+    """What is tried for each field: the package's choices, or what the options name.
+
+    Raises:
+      UsageError: they name a field that is not tuned, or no integer for it.
+    """
+    found: dict[str, list[Any]] = {}
+    for field, text in options.plan:
+        known = ", ".join(rooms.PLANS.choices)
+        if field not in rooms.PLANS.choices:
+            raise UsageError(f"no field {field!r} is tuned; those that are: {known}")
+        if not text.isdecimal():
+            raise UsageError(f"--plan {field}={text!r}: expected an integer")
+        found.setdefault(field, []).append(int(text))
+    return found or rooms.PLANS.choices
+
+
 class Search:
     """The plans of one entry that have been tried."""
 
@@ -121,7 +139,7 @@ class Search:
             raise UsageError(f"{self.cases[0].name}: the schedules for {self.chip} say no time")
         for _ in range(ROUNDS):
             before = best
-            for field, values in rooms.PLANS.choices.items():
+            for field, values in choices(rooms, self.options).items():
                 tries = [dataclasses.replace(best, **{field: value}) for value in values]
                 for plan in tries:
                     self.time(plan)
@@ -203,4 +221,5 @@ def command_of(kernel: str, chip: str, options: Options) -> str:
     """The command line that tunes the same cases."""
     words = [f"python -m microbench tune --kernel {kernel} --chip {chip}"]
     words += [f"--set {key}={value}" for key, value in options.settings]
+    words += [f"--plan {key}={value}" for key, value in options.plan]
     return " ".join([*words, f"--case {options.case}"] if options.case else words)

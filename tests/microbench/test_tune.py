@@ -122,6 +122,20 @@ def test_entries_of_other_problems_stay(kernel, times):
     assert {entry.key["rows"] for entry in kernel.read().entries} == {64, 128}
 
 
+def test_only_what_the_plan_flags_name_is_tried(kernel, times, capsys):
+    tried = set()
+    times(lambda plan, case: tried.add((plan.block, plan.depth)) or 100 - plan.block - plan.depth)
+    flags = ("--plan", "block=16", "--plan", "block=32")
+    assert run("--save", "--case", "right", *flags) == 0
+    assert tried == {(8, 2), (16, 2), (32, 2)}
+    (entry,) = kernel.read().entries
+    assert entry.plan == {"block": 32, "depth": 2}
+    assert entry.found.command.endswith("--plan block=16 --plan block=32 --case right")
+    assert run("--plan", "blocks=16") == 2
+    assert "no field 'blocks' is tuned; those that are: block, depth" in capsys.readouterr().err
+    assert run("--plan", "block=many") == 2
+
+
 def test_a_kernel_without_a_table_is_refused(kernel, times, capsys):
     del sys.modules["fake.plan"].PLANS
     times(lambda plan, case: 1.0)
