@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -256,7 +257,8 @@ _COLUMNS = {"check": ("case", "check", "error", "limit", "ok")}
 
 def repeat(command: str, case: Case, options: Options, chip: str | None = None) -> str:
     """The command line that does the same to one case."""
-    words = ["python -m microbench", command, "--kernel", case.kernel, "--case", case.name]
+    words = ["python -m microbench", command, "--kernel", case.kernel]
+    words += ["--case", shlex.quote(case.name)]
     for key, value in options.settings:
         words += ["--set", f"{key}={value}"]
     for key, value in options.plan:

@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import importlib
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -222,4 +223,4 @@ def command_of(kernel: str, chip: str, options: Options) -> str:
     words = [f"python -m microbench tune --kernel {kernel} --chip {chip}"]
     words += [f"--set {key}={value}" for key, value in options.settings]
     words += [f"--plan {key}={value}" for key, value in options.plan]
-    return " ".join([*words, f"--case {options.case}"] if options.case else words)
+    return " ".join([*words, f"--case {shlex.quote(options.case)}"] if options.case else words)

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from microbench import cases, cli, environment, tune
+from microbench import bench, cases, cli, environment, tune
 from microbench.case import Case
 from microbench.tune import TIE
 from tests.microbench import fake
@@ -134,6 +134,13 @@ def test_only_what_the_plan_flags_name_is_tried(kernel, times, capsys):
     assert run("--plan", "blocks=16") == 2
     assert "no field 'blocks' is tuned; those that are: block, depth" in capsys.readouterr().err
     assert run("--plan", "block=many") == 2
+
+
+def test_commands_quote_names_with_spaces():
+    options = cli.Options(case="one device")
+    assert tune.command_of("fake", "v6e", options).endswith("--case 'one device'")
+    case = Case("fake", "model/one device", {})
+    assert "--case 'model/one device'" in bench.repeat("predict", case, options, "v6e")
 
 
 def test_a_kernel_without_a_table_is_refused(kernel, times, capsys):
