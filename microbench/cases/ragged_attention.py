@@ -92,6 +92,11 @@ def _case(name: str, kv_lens: tuple[int, ...], q_len: int = 1, **more: Any) -> C
     return Case("ragged_attention", name, dataclasses.asdict(shape))
 
 
+def _mixed(name: str, requests: tuple[tuple[int, int], ...], **more: Any) -> Case:
+    kv_lens, q_lens = zip(*requests, strict=True)
+    return Case("ragged_attention", name, dataclasses.asdict(Shape(kv_lens, q_lens, **more)))
+
+
 GQA: dict[str, Any] = {"q_heads": 32, "kv_heads": 8}
 MLA: dict[str, Any] = {"key_dim": 576, "value_dim": 512, "latent": True}
 FLOAT8: dict[str, Any] = {"cache": "float8_e4m3fn"}
@@ -113,11 +118,7 @@ CASES = (
     _case("drafts/causal", (4096,) * 16, 64),
 )
 MORE = tuple(
-    Case(
-        "ragged_attention",
-        f"{model}/{situation}",
-        dataclasses.asdict(Shape(*zip(*requests, strict=True), **fields)),
-    )
+    _mixed(f"{model}/{situation}", requests, **fields)
     for model, fields in MODELS.items()
     for situation, requests in SITUATIONS.items()
 )
