@@ -104,12 +104,13 @@ def select(options: Options) -> list[tuple[Suite, Case]]:
     if unknown:
         raise UsageError(f"no cases for kernel {unknown[0]!r}; there are {', '.join(known)}")
     suites = [cases.load(kernel) for kernel in options.kernels or known]
-    more = bool(options.case) or options.command == "list"
-    every = [
-        (suite, case) for suite in suites for case in (*suite.CASES, *(suite.MORE if more else ()))
+    every = [(suite, case) for suite in suites for case in (*suite.CASES, *suite.MORE)]
+    found = [(suite, case) for suite, case in every if case.name == options.case] or [
+        (suite, case)
+        for suite in suites
+        for case in (*suite.CASES, *suite.MORE)
+        if chosen(options, case, among_more=case in suite.MORE)
     ]
-    exact = [(suite, case) for suite, case in every if case.name == options.case]
-    found = exact or [(suite, case) for suite, case in every if options.case in case.name]
     if not found:
         names = ", ".join(case.name for _, case in every)
         raise UsageError(f"no case is called {options.case!r}; there are {names}")
@@ -117,6 +118,13 @@ def select(options: Options) -> list[tuple[Suite, Case]]:
         return [(suite, case.override(dict(options.settings))) for suite, case in found]
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def chosen(options: Options, case: Case, *, among_more: bool) -> bool:
+    """Whether `--case` names a case; it names one of MORE by how it begins, as `list` does all."""
+    if not among_more or options.command == "list":
+        return options.case in case.name
+    return bool(options.case) and case.name.startswith(options.case)
 
 
 class Bench:

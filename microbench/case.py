@@ -114,7 +114,7 @@ class Suite(Protocol):
     """What a module `microbench.cases.<kernel>` defines."""
 
     CASES: Sequence[Case]
-    MORE: Sequence[Case]  # those that only run where `--case` asks for them
+    MORE: Sequence[Case]  # those that only run where `--case` begins their name
 
     def inputs(self, case: Case, seed: int) -> tuple[Any, ...]:
         """Arguments of `kernel_fn(case)` and of `reference_fn(case)`, at full size."""

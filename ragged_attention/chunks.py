@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from ragged_attention import flash
 from ragged_attention.blocks import Blocks
 from ragged_attention.flash import UNSEEN, iota
 from ragged_attention.layout import LANES
-from ragged_attention.plan import HEADS_AT_ONCE, Style
+from ragged_attention.plan import Style
 from ragged_attention.schedule import Noted
 from tpukit.buffers import repeat
 
@@ -59,7 +58,7 @@ class Chunks(Blocks):
     def some_heads(self, style: Style, action: Callable[[list[Any]], None]) -> None:
         """action(heads) for all of them, as many together as the style unrolls."""
         heads = self.layout.kv_heads
-        step = heads if style.unrolled else math.gcd(heads, HEADS_AT_ONCE)
+        step = style.heads_at_once(heads)
         if step == heads:
             action(list(range(heads)))
         else:

@@ -96,10 +96,15 @@ def fold(state: Softmax, s: jax.Array, v: jax.Array, compute: Any) -> Softmax:
 
 def finish(state: Softmax) -> tuple[jax.Array, jax.Array]:
     """Output rows, 0 where nothing was seen, and the natural logarithm of the softmax's sum."""
+    inverse, lse = inverse_and_lse(state)
+    return state.o * wide(inverse, state.o.shape[1]), lse
+
+
+def inverse_and_lse(state: Softmax) -> tuple[jax.Array, jax.Array]:
+    """1 / total, 0 where nothing was seen, and the natural logarithm of the softmax's sum."""
     inverse = jnp.where(state.total == 0, 0.0, 1 / state.total)
     lse = jnp.where(state.total == 0, -jnp.inf, (state.top + jnp.log2(state.total)) / LOG2_E)
-    inverse = inverse if inverse.shape[0] == 1 else wide(inverse, state.o.shape[1])
-    return state.o * inverse, lse
+    return inverse, lse
 
 
 # Columns.
@@ -149,6 +154,7 @@ def select(chosen: jax.Array, a: Softmax, b: Softmax) -> Softmax:
 
 
 def finish_columns(state: Softmax) -> tuple[jax.Array, jax.Array]:
-    """As `finish`."""
-    o, lse = finish(Softmax(state.top[:1], state.total[:1], state.o))
-    return o.T, jnp.broadcast_to(lse, (LANES, lse.shape[1])).T
+    """As `finish`: rows."""
+    inverse, lse = inverse_and_lse(state)
+    o = state.o * inverse[:1]
+    return o.T, jnp.concatenate([lse] * (LANES // SUBLANES), axis=0).T

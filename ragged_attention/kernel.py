@@ -183,8 +183,9 @@ class Pass(Columns):
             partial(last)
         else:
             some = (record.span + chunk - 1) >> bits
-            sure = self.all_seen(record) >> bits if style.tokens >= MANY else 0
-            if style.tokens >= MANY:
+            sure = 0
+            if style.tokens == self.plan.queries >= MANY:  # code of its own is for these
+                sure = self.all_seen(record) >> bits
                 repeat(sure, whole)
             lax.fori_loop(sure, some, lambda i, _: partial(i), None)
             if style.columns:

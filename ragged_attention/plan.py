@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ MANY = 64  # query tokens from which on a block is worth the arithmetic for larg
 SECTION = 128  # tokens of a block that are laid out together, where they are many
 STRIP_ROWS = 256  # rows of logits that are computed together
 STRIP_COLUMNS = 512  # columns of them: the matrix units work on one half while the other is weighed
-HEADS_AT_ONCE = 2  # of a block of many queries: the next one's products hide the last one's sums
+STRIPS_AT_ONCE = 4  # of a block of many queries: the next one's products hide the last one's sums
 F32_PASSES = 6  # products of bf16 that make one of f32
 CODE = 10_000  # most products in unrolled code: some 10 seconds of compiling
 CHUNK = 2048  # keys of a tile that are computed together
@@ -194,7 +193,7 @@ class Style:
       rows: rows of a key/value head: its query heads, one after another, each with all tokens.
       columns: they are columns of logits, whose weights need no maximum first (see `columns.py`).
       split: queries carry their scale, as two halves (see `flash.halves`).
-      unrolled: heads are unrolled, not a loop.
+      unrolled: all heads are unrolled, not a loop.
     """
 
     tokens: int
@@ -209,10 +208,16 @@ class Style:
         return 0 if self.columns else 1
 
     @property
-    def strips(self) -> Iterator[tuple[int, int]]:
+    def strips(self) -> list[tuple[int, int]]:
         """Rows, or columns, that are computed together: the first, and how many."""
         step = math.gcd(self.rows, STRIP_COLUMNS) if self.columns else min(self.rows, STRIP_ROWS)
-        return ((r, min(step, self.rows - r)) for r in range(0, self.rows, step))
+        return [(r, min(step, self.rows - r)) for r in range(0, self.rows, step)]
+
+    def heads_at_once(self, kv_heads: int) -> int:
+        """Key/value heads whose code is unrolled."""
+        if self.unrolled:
+            return kv_heads
+        return math.gcd(kv_heads, max(1, STRIPS_AT_ONCE // len(self.strips)))
 
 
 def style_of(problem: Problem, tokens: int, side: int) -> Style:
@@ -282,7 +287,7 @@ def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
 def code_size(problem: Problem, plan: Plan, side: int) -> int:
     """Products of registers in the code of the largest block, which is unrolled."""
     style, layout = style_of(problem, plan.queries, side), problem.layout
-    heads = layout.kv_heads if style.unrolled else math.gcd(layout.kv_heads, HEADS_AT_ONCE)
+    heads = style.heads_at_once(layout.kv_heads)
     lanes = (layout.keys.width + layout.vals.width) // LANES
     passes = F32_PASSES if problem.compute_dtype == jnp.float32 else 1
     return heads * -(-style.rows // 8) * (plan.chunk // LANES) * lanes * passes

@@ -10,7 +10,6 @@ rows are bfloat16.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,8 +21,9 @@ import ragged_attention as ra
 from microbench import peers as others
 from microbench.case import Call, Case, Check, Cost
 from microbench.cases._attention_models import MODELS, SITUATIONS
-from ragged_attention.plan import HEADS_AT_ONCE, MANY
+from ragged_attention.plan import style_of
 from tpukit import interpret
+from tpukit.chips import chip as chip_named
 from tpukit.listing import Region
 
 
@@ -432,17 +432,19 @@ def figures(case: Case, report: Any) -> dict[str, float]:
     token, of the first few, one per size of a chunk.
     """
     shape, kernel = _shape(case), report.kernel("ragged_attention")
-    plan = explain(case, report.chip).plan
+    found = explain(case, report.chip)
+    problem, plan = found.problem, found.plan
     regions = [*kernel.outside, *(r for loop in kernel.loops for r in loop.regions)]
     busy = sorted((r for r in regions if r.ops.matmuls), key=lambda r: r.start)
     if max(shape.q_lens) == 1:
         busy = busy[: len(plan.key_sizes)]
     tile: Region = min(busy, key=lambda r: (-r.ops.matmuls, r.bundles))
-    many = plan.queries >= MANY and max(shape.q_lens) > 1
+    tokens = plan.queries if max(shape.q_lens) > 1 else 1
+    style = style_of(problem, tokens, chip_named(report.chip).mxu_side)
     return {
         "chunk keys": plan.chunk,
-        "block queries": plan.queries if max(shape.q_lens) > 1 else 1,
-        "chunk heads": math.gcd(shape.kv_heads, HEADS_AT_ONCE) if many else shape.kv_heads,
+        "block queries": tokens,
+        "chunk heads": style.heads_at_once(shape.kv_heads),
         "chunk bundles": tile.bundles,
         "chunk MXU %": 100 * tile.ops.mxu / (2 * tile.bundles),
         "chunk spills/bundle %": 100 * tile.ops.spill / tile.bundles,
