@@ -24,6 +24,7 @@ from fused_moe.plan import Plan, Problem, vmem_allowed
 from fused_moe.plumbing import Operands, Scratch, start, wait
 from fused_moe.scatter import Scatter
 from reference.fused_moe import Weights
+from tpukit.compat import in_hbm
 
 COLLECTIVE_ID = 0
 
@@ -85,7 +86,7 @@ def fused_moe_kernel(
     leaves, structure = jax.tree.flatten(weights)
     inputs = [*lists, tails, tokens, *leaves]
     if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
-        inputs = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in inputs]
+        inputs = [in_hbm(x) for x in inputs]
     like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual_axes(tokens))
     rows = problem.num_devices * problem.num_tokens
     back = (problem.slots * problem.num_tokens, problem.rows_back.row_words)

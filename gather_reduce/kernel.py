@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu_sc as plsc
 from gather_reduce.plan import SLOTS, Plan, Problem, Work, padded_entries, work_of
 from gather_reduce.rows import FLOAT32, as_pair, decode, weighted_sum
 from tpukit.chips import SparseCores
+from tpukit.compat import push
 from tpukit.manual import manual_axes
 
 NO_ROW = -1
@@ -214,10 +215,10 @@ class Walk:
         group, word, slot = self.place(step)
         rows = pl.ds((first + group) * self.problem.out_rows, self.problem.out_rows)
         return [
-            pltpu.make_async_copy(
+            push(
                 self.refs.sums.at[slot, part],
                 self.refs.out.at[rows, pl.ds(part * self.problem.words + word, self.plan.chunk)],
-                src_sem=self.refs.gone.at[slot],
+                self.refs.gone.at[slot],
             )
             for part in range(self.problem.format.parts)
         ]

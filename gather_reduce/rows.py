@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc as plsc
 
 from reference.gather_reduce import tree_sum
+from tpukit.compat import bitcast_lanes
 
 HIGH = np.int32(-(1 << 16))
 SIGN = np.int32(-(1 << 31))
@@ -47,7 +47,7 @@ FORMATS = {f.name: f for f in (FLOAT32, BFLOAT16, PACKED_BFLOAT16, PACKED_FLOAT8
 
 def as_float(word: jax.Array) -> jax.Array:
     """The bits of an int32 vector as float32."""
-    return pltpu.bitcast(word, jnp.float32, dim=-1)
+    return bitcast_lanes(word, jnp.float32)
 
 
 def decode(kind: Format, word: jax.Array, shift: Any) -> list[jax.Array]:
@@ -89,4 +89,4 @@ def weighted_sum(
 def as_pair(first: jax.Array, second: jax.Array) -> jax.Array:
     """Two float32 vectors, rounded to bfloat16, in the halves of words, the first lower."""
     both = plsc.pack(first, second, format=plsc.PackFormat.INTERLEAVED)
-    return pltpu.bitcast(both, jnp.int32, dim=-1)
+    return bitcast_lanes(both, jnp.int32)

@@ -41,6 +41,7 @@ from gla.shift import shift_rows
 from gla.tables import ChannelTables, ConstantTables, iota, spread
 from reference.gla import clip_log_decay
 from tpukit.buffers import repeat
+from tpukit.compat import in_hbm
 from tpukit.manual import manual_axes
 
 Ref = Any
@@ -444,10 +445,13 @@ def gla_kernel(
     like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=axes)
     if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
         pinned = jax.tree.map(
-            lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM) if x.ndim > 1 else x,
-            operands,
+            lambda x: in_hbm(x) if x.ndim > 1 else x,
+            operands._replace(pool=None),
         )
-        operands = pinned._replace(around=pinned.around.with_weights(operands.around))
+        operands = pinned._replace(
+            around=pinned.around.with_weights(operands.around),
+            pool=in_hbm(operands.pool, aliased=True),
+        )
 
     def body(*refs: Ref) -> None:
         inputs, *results, scratch = refs[scalars:]

@@ -10,6 +10,8 @@ import pathlib
 import platform
 import subprocess
 
+from tpukit.versions import missing
+
 PACKAGES = ("tpu-serving-kernels", "jax", "jaxlib", "libtpu", "numpy", "ml_dtypes")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -72,4 +74,5 @@ def describe() -> dict[str, str]:
         "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "TPU": "present" if has_tpu() else "none: kernels are interpreted and compiled, not timed",
+        **{f"without {row.name}": f"{row.why}: {row.instead}" for row in missing()},
     }

@@ -107,11 +107,12 @@ class Chunks(Blocks):
             part = lax.slice_in_dim(x, first, first + distinct, axis=1 - axis)
             return jnp.where(masks[begin, distinct], part, UNSEEN)
 
-        known = lax.slice_in_dim(s, 0, chunk.doubtful, axis=axis)
         doubtful = lax.slice_in_dim(s, chunk.doubtful, chunk.size, axis=axis)
         parts = [masked(doubtful, first) for first in range(0, count, distinct)]
         doubtful = jnp.concatenate(parts, axis=1 - axis)
-        return jnp.concatenate([known, doubtful], axis=axis) if chunk.doubtful else doubtful
+        if chunk.doubtful == 0:
+            return doubtful
+        return jnp.concatenate([lax.slice_in_dim(s, 0, chunk.doubtful, axis=axis), doubtful], axis)
 
     def seen(self, record: Noted, chunk: Chunk, style: Style, begin: int, count: int) -> jax.Array:
         """Whether `count` queries, from token `begin` on, see the doubtful keys; as `logits`."""

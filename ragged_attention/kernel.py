@@ -28,6 +28,7 @@ from ragged_attention.schedule import END, FENCE, FIRST, LAST, WRITES, Batch, No
 from ragged_attention.tiles import is_missing
 from tpukit.buffers import repeat
 from tpukit.chips import Chip
+from tpukit.compat import in_hbm
 from tpukit.manual import manual_axes
 
 Ref = Any
@@ -255,7 +256,7 @@ def ragged_attention_kernel(
     scalars = len(batch) + (1 if problem.streams_pages else 2)  # and scales, and a list of pages
     local = {"scales", "sinks"} if problem.streams_pages else {"scales", "sinks", "indices"}
     inputs = {
-        name: x if interpret or name in local else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        name: x if interpret or name in local else in_hbm(x, aliased=name == "cache")
         for name, x in operands.items()
     }
     axes = manual_axes(*batch, *operands.values())

@@ -17,6 +17,8 @@ os.environ.update(ENVIRONMENT)
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from tpukit import versions  # noqa: E402  (it imports no JAX)
+
 settings.register_profile(
     "ci",
     deadline=None,
@@ -41,3 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Loads the library's own plugin where the project is not installed."""
     if not config.pluginmanager.hasplugin("tpukit"):
         config.pluginmanager.import_plugin("tpukit.pytest_plugin")
+    config.addinivalue_line("markers", "needs(name): a row of tpukit.versions.CAPABILITIES")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what this JAX cannot do, and says why."""
+    for mark in item.iter_markers("needs"):
+        if not versions.has(mark.args[0]):
+            pytest.skip(versions.lack(mark.args[0]))

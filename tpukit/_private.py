@@ -20,6 +20,7 @@ __all__ = [
     "BitcastTransform",
     "NDIndexer",
     "TransformedRef",
+    "clock",
     "interpreter",
     "pipeline_jaxpr",
     "self_test",
@@ -30,7 +31,7 @@ __all__ = [
 NDIndexer = indexing.NDIndexer
 BitcastTransform, TransformedRef = types.BitcastTransform, types.TransformedRef
 
-_EXPECTED = (
+_INTERPRETER = (
     (interpreter, "DMA", None),
     (interpreter, "DmaState", None),
     (interpreter, "_clear_shared_memory", ()),
@@ -39,14 +40,20 @@ _EXPECTED = (
     (shared_memory.Semaphore, "wait", ("self", "value", "global_core_id")),
     (shared_memory.SharedMemory, "set_failed", ("self", "exception")),
     (shared_memory.SharedMemory, "get_sempahores_with_nonzero_count", ("self", "device_id")),
+)
+_TRACED = (
     (pipeline, "emit_pipeline_to_jaxpr", ("avals_in", "grid_mapping", "grid_names", "grid_sizes")),
 )
 
 
-def self_test() -> list[str]:
-    """Says what has moved since the JAX this was written for; empty where nothing has."""
+def self_test(*, traced: bool = False) -> list[str]:
+    """Says what has moved since the JAX this was written for; empty where nothing has.
+
+    Args:
+      traced: of traced kernels, else of the interpreter.
+    """
     moved = []
-    for owner, name, parameters in _EXPECTED:
+    for owner, name, parameters in _TRACED if traced else _INTERPRETER:
         found = getattr(owner, name, None)
         label = f"{owner.__name__}.{name}"
         if found is None:
@@ -56,6 +63,14 @@ def self_test() -> list[str]:
             if names != parameters:
                 moved.append(f"{label} takes {names}, expected {parameters}")
     return moved
+
+
+def clock(dma: Any) -> Any:
+    """What the core that started a DMA knew of every core's clock; None where races are not sought.
+
+    Before JAX 0.12 it is the array itself.
+    """
+    return getattr(dma.clock, "clock", dma.clock)
 
 
 def where(source_info: object) -> str:

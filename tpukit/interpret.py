@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 from unittest import mock
@@ -27,7 +28,7 @@ import jax
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from tpukit import _private
+from tpukit import _private, versions
 
 
 class InterpretError(RuntimeError):
@@ -203,9 +204,10 @@ class _Watch:
         """A DMA has been started."""
         self.dmas.append(dma)
         remote = dma.dst_device_id != dma.src_device_id
-        if not remote or self.synchronised or not dma.detect_races or dma.clock is None:
+        clock = _private.clock(dma)
+        if not remote or self.synchronised or not dma.detect_races or clock is None:
             return
-        if dma.clock.clock[dma.dst_global_core_id] == 0:
+        if clock[dma.dst_global_core_id] == 0:
             self.report(
                 RemoteDmaBeforeBarrier(
                     f"device {dma.src_device_id} sends a DMA to device {dma.dst_device_id} without "
@@ -331,6 +333,8 @@ def strict(
     try:
         if moved := _private.self_test():
             raise RuntimeError(f"this JAX's interpreter cannot be watched: {'; '.join(moved)}")
+        if not versions.has("interpreted faults"):
+            warnings.warn(versions.lack("interpreted faults"), stacklevel=3)
         watch, closing = _Watch(deadlock_after), threading.Event()
         monitor = threading.Thread(target=watch.monitor, args=(closing,), daemon=True)
         with contextlib.ExitStack() as stack:

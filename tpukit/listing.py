@@ -19,9 +19,10 @@ from tpukit.chips import Chip
 from tpukit.dumps import Branch, Bundle
 from tpukit.errors import ListingError
 
+# "-f32": vclamps before libtpu 0.0.50
 _OPERATION = re.compile(
     r"^(?:%\S+ = )?"
-    r"([a-z][a-z0-9_]*(?:\.(?:[a-zA-Z0-9_]+(?:\[\d+\])?|<no memory space>))*)(?= |$)"
+    r"([a-z][a-z0-9_]*(?:-f32)?(?:\.(?:[a-zA-Z0-9_]+(?:\[\d+\])?|<no memory space>))*)(?= |$)"
 )
 _DMA_START = re.compile(r"^dma\.(?:general|(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem))$")
 _DMA_WAIT = re.compile(r"^dma\.done\.wait$")

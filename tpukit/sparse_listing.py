@@ -103,7 +103,8 @@ def parse_directory(directory: Path, kernels: Sequence[str]) -> tuple[SparseKern
     """
     found = []
     for name in dict.fromkeys(re.sub(r"\.\d+$", "", kernel) for kernel in kernels):
-        pattern = re.compile(rf"^{re.escape(name)}(?:\.\d+)?\.call-start_\d+_bundles\.txt$")
+        numbers = r"(?:\.\d+)?(?:\.cloned\.\d+)?"  # the latter before libtpu 0.0.50
+        pattern = re.compile(rf"^{re.escape(name)}{numbers}\.call-start_\d+_bundles\.txt$")
         paths = sorted(path for path in directory.iterdir() if pattern.match(path.name))
         if not paths:
             raise ListingError(file=directory.name, line=0, what=f"no SparseCore dump of {name}")

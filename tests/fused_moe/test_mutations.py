@@ -11,6 +11,8 @@ from tests.fused_moe import oracle
 from tests.fused_moe.test_fused_moe import EAGER, LATE, PLAN, QUANTISED, check_gates, compiled, run
 from tpukit import buffers, interpret
 
+pytestmark = pytest.mark.needs("interpreted faults")
+
 # Many tokens have several experts on a device, and there are too few partials for one pass.
 LAYER = oracle.random_layer(7, 40, 4, 3, biased=True, masked=0.05, **QUANTISED)
 FEW = dataclasses.replace(PLAN, partials=32)

@@ -15,6 +15,8 @@ from tpukit import aot
 from tpukit.errors import ArgumentError
 from tpukit.sparsecore.faults import SimulationError
 
+pytestmark = pytest.mark.needs("SparseCore simulator")
+
 SHAPE = Shape(tokens=300, top_k=5, format="float32", weighted=False, out="float32")
 PLAN = Plan("adder", 2, 128)
 

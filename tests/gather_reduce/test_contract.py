@@ -144,6 +144,7 @@ def test_wrong_plans():
     assert not gather_reduce.supports(wide, indices, chip="v6e", plan=big)
 
 
+@pytest.mark.needs("SparseCore simulator")
 @pytest.mark.parametrize("shape", [Shape(), Shape(tokens=3, top_k=5, format="bfloat16")])
 @pytest.mark.parametrize("name", gather_reduce.SUPPORTED_CHIPS)
 def test_the_memory_of_a_plan_is_what_the_kernel_allocates(shape, name):

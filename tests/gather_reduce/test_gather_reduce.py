@@ -16,6 +16,8 @@ from tests.gather_reduce import oracle
 from tests.gather_reduce.oracle import FORMATS, Shape, check, draw, problem
 from tpukit.chips import chip
 
+pytestmark = pytest.mark.needs("SparseCore simulator")
+
 CHIPS = ("v5p", "v6e", "tpu7x")
 
 

@@ -20,7 +20,10 @@ def gradients(function, x, weights, factor):
     return jax.grad(loss, argnums=(0, 1))(x, weights)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "interpret"])
+SIMULATED = pytest.param("interpret", marks=pytest.mark.needs("SparseCore simulator"))
+
+
+@pytest.mark.parametrize("implementation", ["reference", SIMULATED])
 @pytest.mark.parametrize("rows", ["float32", "bfloat16"])
 def test_rows_and_weights(rows, implementation):
     shape = Shape(tokens=12, top_k=5, rows=20, format=rows, out="float32")

@@ -13,6 +13,8 @@ from gather_reduce import Plan, kernel, plan, rows
 from tests.gather_reduce.oracle import Shape, check, draw
 from tpukit.sparsecore.faults import SimulationError
 
+pytestmark = pytest.mark.needs("SparseCore simulator")
+
 PACKED = Shape(tokens=70, top_k=5, rows=64, hidden_size=512)
 PLAIN = dataclasses.replace(PACKED, format="bfloat16", tokens=9)
 NARROW = dataclasses.replace(PACKED, format="packed float8_e4m3fn", tokens=9)

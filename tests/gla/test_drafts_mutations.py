@@ -16,6 +16,8 @@ from tests.gla.test_gla import compiled, run
 from tests.gla.test_mutations import stream_with, without_wait
 from tpukit import interpret
 
+pytestmark = pytest.mark.needs("interpreted faults")
+
 PLAN = gla.Plan(heads=1, interleave=1, window=128, inputs=2, states=2, lookahead=1)
 LENGTHS, DRAFT = (6, 25, 1, 9, 8), [True, False, False, True, False]
 BATCH, WORDS = mixed(30, per_token=True, lengths=LENGTHS, qk_heads=1, heads=1, strongest=0.5)

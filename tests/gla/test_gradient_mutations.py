@@ -14,6 +14,8 @@ from tests.gla.test_gradient import ONE, check_f32, delta_batch, no_forward, pul
 from tpukit import interpret
 
 __all__ = ["no_forward"]
+pytestmark = pytest.mark.needs("interpreted faults")
+
 RAGGED = dict(lengths=[3, 35, 1, 6], slots=[1, 0, -1, 0], known=[True] * 4, tokens=48)
 BATCHES = {
     per_token: oracle.random_batch(

@@ -14,6 +14,8 @@ from tests.gla import around, oracle, test_fusions
 from tests.gla.test_gla import check_gates, compiled, run
 from tpukit import buffers, interpret
 
+pytestmark = pytest.mark.needs("interpreted faults")
+
 PLAN = gla.Plan(heads=2, interleave=2, window=32, inputs=2, states=2, lookahead=1)
 BATCHES = {
     per_token: oracle.random_batch(

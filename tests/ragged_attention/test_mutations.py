@@ -15,6 +15,8 @@ from tests.ragged_attention.oracle import random_batch
 from tests.ragged_attention.test_ragged_attention import PLAN, bound, check_gates, compiled, run
 from tpukit import interpret
 
+pytestmark = pytest.mark.needs("interpreted faults")
+
 MODE = interpret.MODES[1]  # eager, with races
 LATE = interpret.MODES[0]
 TIGHT = dataclasses.replace(PLAN, tiles=2)

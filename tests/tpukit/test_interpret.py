@@ -18,6 +18,11 @@ def test_nothing_private_has_moved():
     assert _private.self_test() == []
 
 
+@pytest.mark.needs("SparseCore simulator")
+def test_nothing_private_of_traced_kernels_has_moved():
+    assert _private.self_test(traced=True) == []
+
+
 def test_self_test_names_what_moved(monkeypatch):
     monkeypatch.delattr(_private.interpreter, "DMA")
     assert any("DMA is gone" in line for line in _private.self_test())
@@ -37,6 +42,7 @@ def test_right_kernels_pass(name, mode, strict_interpret):
         np.testing.assert_array_equal(out, faulty_kernels.expected_ring(4))
 
 
+@pytest.mark.needs("interpreted faults")
 @pytest.mark.parametrize("case", CAUGHT, ids=lambda case: f"{case[0]}-{case[1].dma}")
 def test_faults_are_caught(case, strict_interpret):
     name, mode = case
@@ -48,6 +54,7 @@ def test_faults_are_caught(case, strict_interpret):
         jax.block_until_ready(faulty_kernels.good_local()())
 
 
+@pytest.mark.needs("interpreted faults")
 @pytest.mark.parametrize("name", ["waits twice", "wait for each other", "one device waits"])
 def test_a_deadlock_is_reported_in_under_a_second(name, strict_interpret):
     run = faulty_kernels.FAULTS[name][0]()
@@ -63,6 +70,7 @@ def test_a_deadlock_is_reported_in_under_a_second(name, strict_interpret):
     assert elapsed < 1.0 + 0.5 * ("each" in name or "one" in name)  # collectives retrace in 0.5 s
 
 
+@pytest.mark.needs("interpreted faults")
 def test_reports_name_the_source_line(strict_interpret):
     with (
         pytest.raises(interpret.UnawaitedDma, match=r"faulty_kernels\.py"),

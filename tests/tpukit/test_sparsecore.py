@@ -10,6 +10,8 @@ from tests.tpukit import sparse_kernels
 from tpukit import sparsecore
 from tpukit.errors import UnsupportedError
 
+pytestmark = pytest.mark.needs("SparseCore simulator")
+
 TIMINGS = ("eager", "lazy", "random")
 
 

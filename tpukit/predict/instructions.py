@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import struct
 
 from tpukit.dumps import Bundle
 from tpukit.errors import ListingError
@@ -21,7 +22,9 @@ _SMEM = re.compile(r"^\[smem:\[([^\]]+)\]\](?: |, |$)")
 _NOTE = re.compile(r"^\[resolvable:\$\w+\] |(?<!,) \[#allocation\d+(?:_spill)?\]$")
 _OPERATION = re.compile(r"^(?:(%\S+) = )?([a-z_][\w.\-]*(?:\[\d+\][\w.]*)*(?:<[\w ]+>)?) ?(.*)$")
 _THREAD = re.compile(r"^\[thread:\$\d+\] *")
-_PREDICATE = re.compile(r"^\((!?(?:%\w+|[01]))(?:, (%\w+))?\)(?:, |$)")
+# A predicate without a comma, and numbers with a point: before libtpu 0.0.50.
+_PREDICATE = re.compile(r"^\((!?(?:%\w+|[01]))(?:, (%\w+))?\)(?:,? |$)")
+_FLOAT = re.compile(r"^-?\d+\.\d+(?:e[+-]?\d+)?$")
 _MATMUL = re.compile(r"^vmatmul\..*?\b(bf16|f32|s8|u8|s4|u4|f8e4m3\w*|f8e5m2\w*|f8)\b.*mxu(\d)$")
 
 # Scalar arithmetic: the Python expression of the result, of 32-bit unsigned values.
@@ -216,7 +219,7 @@ def _instruction(
             otherwise = value(guard[2]) if guard[2] else ""
             rest = rest[guard.end() :]
         rest = _NOTE.sub("", rest)
-        read = opcode != "sbr.rel" and not UNKNOWN.match(opcode)
+        read = opcode not in ("sbr.rel", "shalt.err") and not UNKNOWN.match(opcode)
         operands = tuple(value(part) for part in rest.split(", ") if part) if read else ()
     except ValueError as error:
         what = f"operand {error} of {opcode}"
@@ -248,6 +251,8 @@ def value(text: str) -> str:
         return text.removeprefix("#")
     if _NUMBER.match(text):
         return str(int(text.removeprefix("$"), 0))
+    if _FLOAT.match(text):
+        return str(int.from_bytes(struct.pack("<f", float(text)), "little"))
     if _TOKEN.match(text):
         return repr(text)
     if text in ("!0", "!1"):

@@ -19,7 +19,10 @@ from tpukit.errors import UnsupportedError
 
 _CALLS = ("jaxpr", "call_jaxpr", "call", "fun_jaxpr")
 _LOOPS = ("while", "scan")
-_SAME_ON_A_DEVICE = ("pvary", "pcast", "reshard", "sharding_constraint", "mesh_cast")
+_SAME_ON_A_DEVICE = (
+    *("pvary", "pcast", "reshard", "sharding_constraint", "mesh_cast"),
+    "with_memory_space_constraint",
+)
 
 
 @dataclasses.dataclass(frozen=True)

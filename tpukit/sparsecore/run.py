@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpukit import _private, chips
+from tpukit import _private, chips, versions
 from tpukit.errors import UnsupportedError
 from tpukit.sparsecore import values
 from tpukit.sparsecore.core import Core, Counts, Machine, Steps, Wait
@@ -279,6 +279,13 @@ def traced(fn: Callable[..., Any], args: Sequence[Any], chip: chips.Chip) -> Any
     if chip.sparse is None:
         raise UnsupportedError(
             where="sparsecore", what="a SparseCore kernel", place=chip.name, why="it has none"
+        )
+    if not versions.has("SparseCore simulator"):
+        raise UnsupportedError(
+            where="sparsecore",
+            what="a SparseCore kernel",
+            place=f"a simulator under JAX {jax.__version__}",
+            why=versions.lack("SparseCore simulator"),
         )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tuple(args))
     kind = "TPU7x" if chip.name == "tpu7x" else f"TPU {chip.name}"
