@@ -50,7 +50,7 @@ CAPABILITIES = (
     Capability(
         "pinned operands",
         (0, 12, 0),
-        "an operand pinned to HBM may not be replaced by an output, nor be given outside a trace",
+        "the compiler refuses some pinned operands that outputs replace, JAX all outside a trace",
         "such an operand is not pinned, so that XLA may copy a small one to VMEM and back",
     ),
 )
