@@ -23,7 +23,7 @@ from gather_reduce.plan import (
 )
 from reference import gather_reduce as reference
 from reference.gather_reduce import PackedRows
-from tpukit import checks, sparsecore
+from tpukit import checks, sparsecore, versions
 from tpukit.chips import Chip, current_chip
 from tpukit.chips import chip as chip_named
 from tpukit.errors import ArgumentError, UnsupportedError
@@ -66,7 +66,8 @@ def dense_gather_reduce(
       out_dtype: float32 or bfloat16; that of x by default, bfloat16 for packed rows.
       implementation: "pallas" (the SparseCore), "interpret" (the kernel on a CPU, slow),
         "reference" (what XLA makes of `reference.gather_reduce`), or "auto": whichever of the
-        SparseCore and XLA the cost model finds quicker.
+        SparseCore and XLA the cost model finds quicker; XLA where JAX lacks SparseCore fences (see
+        `docs/versions.md`).
       plan: instead of the cost model's. With `Plan("adder", ...)`, of float32 rows without weights,
         the order of the sum is that of k.
       validate: check values as well (eager calls only): indices of -1 or of a row, finite weights.
@@ -258,7 +259,8 @@ def choose(
     """
     here = current_chip()
     chip = here or chip_named("tpu7x")
-    if implementation == "reference" or (implementation == "auto" and here is None):
+    able = here is not None and versions.has("SparseCore fences")
+    if implementation == "reference" or (implementation == "auto" and not able):
         return "reference", chip, Plan("xla")
     if implementation == "pallas" and (here is None or here.sparse is None):
         raise UnsupportedError(

@@ -45,7 +45,7 @@ CAPABILITIES = (
         "SparseCore fences",
         (0, 12, 0),
         "no kernel can wait until what it pushed to HBM is there; the compiler does at its end",
-        "kernels leave that to the compiler, which is enough where they do not read it again",
+        "`auto` of gather-reduce is XLA; a kernel that is asked for leaves that to the compiler",
     ),
     Capability(
         "pinned operands",

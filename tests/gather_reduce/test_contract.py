@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import gather_reduce
-from gather_reduce import PackedRows, Plan, plan
+from gather_reduce import PackedRows, Plan, api, plan
 from reference import gather_reduce as reference
 from tests.gather_reduce import oracle
 from tests.gather_reduce.oracle import Shape, draw
+from tpukit import versions
 from tpukit.chips import chip
 from tpukit.errors import ArgumentError, UnsupportedError
 
@@ -89,6 +90,18 @@ def test_without_a_tpu_auto_is_the_reference():
         oracle.operand(shape, data.x), data.indices, data.weights
     )
     np.testing.assert_array_equal(np.asarray(out), oracle.exact(data, "bfloat16"))
+
+
+@pytest.mark.parametrize(("fences", "runs"), [(True, "pallas"), (False, "reference")])
+def test_without_fences_auto_is_the_reference(fences, runs, monkeypatch):
+    """On an older JAX on a TPU; who asks for the SparseCore gets it."""
+    monkeypatch.setattr(api, "current_chip", lambda: chip("tpu7x"))
+    monkeypatch.setattr(versions, "has", lambda _: fences)
+    x = PackedRows(Spec((16384, 3584), jnp.int32), 7168, "bfloat16")
+    options = [None] * 4
+    problem = api.problem_of("test", x, Spec((2048, 8), jnp.int32), *options)
+    assert api.choose("test", "auto", problem, None)[0] == runs
+    assert api.choose("test", "pallas", problem, None)[0] == "pallas"
 
 
 def test_the_sparsecore_is_refused_where_there_is_none():
