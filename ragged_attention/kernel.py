@@ -184,9 +184,8 @@ class Pass(Columns):
             partial(last)
         else:
             some = (record.span + chunk - 1) >> bits
-            sure = 0
-            if style.tokens == self.plan.queries >= MANY:  # code of its own is for these
-                sure = self.all_seen(record) >> bits
+            sure = self.all_seen(record) >> bits if style.tokens >= MANY else 0
+            if style.tokens >= MANY:
                 repeat(sure, whole)
             lax.fori_loop(sure, some, lambda i, _: partial(i), None)
             if style.columns:

@@ -53,8 +53,8 @@ class Program:
       segments: in address order.
       declarations: the operands.
       branches: number of branches.
-      assumed: number of places where a scalar is assumed that vector units hand over.
       vmem_end: the first VMEM address after the allocations.
+      assumed: number of places where a scalar is assumed that vector units hand over.
     """
 
     name: str
@@ -63,8 +63,8 @@ class Program:
     segments: tuple[Segment, ...]
     declarations: tuple[Declaration, ...]
     branches: int
-    assumed: int
     vmem_end: int
+    assumed: int = 0
 
 
 def load(dump: Dump, from_vectors: int | None = None) -> Program:

@@ -198,7 +198,7 @@ def kernel_lines(kernel: KernelPrediction) -> list[str]:
         f"VMEM {kernel.vmem_bytes / 2**20:.1f} MiB, SMEM {kernel.smem_bytes / 1024:.1f} KiB",
     ]
     if kernel.assumed:
-        lines.append(f"    assumed: what scalars read from vectors, in {kernel.assumed} places")
+        lines.append(f"    assumed: what scalars read from vectors, places: {kernel.assumed}")
     for loop in kernel.loops[:4]:
         where = f"loop {loop.path}" if loop.path else "outside loops"
         lines.append(
