@@ -69,14 +69,14 @@ def test_a_layer_is_the_sum_of_its_parts_without_collectives(predicted, tmp_path
     ((target, chip, arguments, options),) = predicted
     assert (target, chip) == ("microbench.stack.steps:build", "tpu7x")
     assert arguments == {"model": "ling-2.6-1t", "kinds": ["mla"], "step": "decode", "seed": 0}
-    assert options == {"wraps": True}
+    assert options == {"wraps": True, "from_vectors": 0}
 
 
 def test_small_moves_are_not_named(monkeypatch, predicted, capsys):
     monkeypatch.setattr(run, "least_move", lambda config, step: 10**6)
     assert run.run(cli.Options(command="layers", case="flash/mla/decode")) == 0
     assert "moved:" not in capsys.readouterr().out
-    assert predicted[0][3] == {"wraps": False}
+    assert predicted[0][3] == {"wraps": False, "from_vectors": 0}
 
 
 def test_every_layer_is_predicted_by_default(predicted):
