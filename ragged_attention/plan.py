@@ -224,6 +224,7 @@ def style_of(problem: Problem, tokens: int, side: int) -> Style:
     """The style of blocks of `tokens`; `side` is the size of the chip's matrix unit."""
     rows = tokens * problem.group
     columns = tokens >= MANY and rows % LANES == 0 and problem.compute_dtype != jnp.float32
+    columns &= not problem.layout.latent  # values as wide as those take too long to turn
     return Style(
         tokens=tokens,
         rows=rows,
@@ -279,8 +280,11 @@ def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
     strip = min(STRIP_ROWS, max(8, plan.queries * problem.group))
     values = strip * plan.chunk * 4 * 4 + plan.chunk * problem.layout.width * 2
     dim = round_up(max(problem.layout.key_dim, problem.layout.value_dim), LANES)
-    tokens = min(plan.queries, SECTION)  # that are laid out at once
-    values = max(values, 2 * tokens * round_up(problem.q_heads, 8) * dim * 4)
+    laid = 2 * round_up(problem.q_heads, 8) * dim * 4  # a token that is laid out
+    if style_of(problem, plan.queries, chip.mxu_side).columns:
+        values = max(values, laid * min(plan.queries, SECTION))
+    else:
+        values += laid * plan.queries
     return vmem_bytes(problem, plan, chip) + values + 6 * 2**20
 
 

@@ -29,7 +29,9 @@ KINDS = {
         "key_dim": 64, "value_dim": 80, "kv_heads": 2, "window": WINDOWS,
     },
     "not causal, dim 256": {"causal": False, "key_dim": 256},
-    "latents, windows": {"key_dim": 192, "value_dim": 128, "latent": True, "window": WINDOWS},
+    "latents, windows": {  # in rows
+        "key_dim": 192, "value_dim": 128, "latent": True, "window": WINDOWS,
+    },
 }  # fmt: skip
 
 
