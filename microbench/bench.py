@@ -105,12 +105,8 @@ def select(options: Options) -> list[tuple[Suite, Case]]:
         raise UsageError(f"no cases for kernel {unknown[0]!r}; there are {', '.join(known)}")
     suites = [cases.load(kernel) for kernel in options.kernels or known]
     every = [(suite, case) for suite in suites for case in (*suite.CASES, *suite.MORE)]
-    found = [(suite, case) for suite, case in every if case.name == options.case] or [
-        (suite, case)
-        for suite in suites
-        for case in (*suite.CASES, *suite.MORE)
-        if chosen(options, case, among_more=case in suite.MORE)
-    ]
+    exact = [(suite, case) for suite, case in every if case.name == options.case]
+    found = exact or [(suite, case) for suite, case in every if chosen(options, suite, case)]
     if not found:
         names = ", ".join(case.name for _, case in every)
         raise UsageError(f"no case is called {options.case!r}; there are {names}")
@@ -120,9 +116,9 @@ def select(options: Options) -> list[tuple[Suite, Case]]:
         raise UsageError(str(error)) from error
 
 
-def chosen(options: Options, case: Case, *, among_more: bool) -> bool:
+def chosen(options: Options, suite: Suite, case: Case) -> bool:
     """Whether `--case` names a case; it names one of MORE by how it begins, as `list` does all."""
-    if not among_more or options.command == "list":
+    if case not in suite.MORE or options.command == "list":
         return options.case in case.name
     return bool(options.case) and case.name.startswith(options.case)
 

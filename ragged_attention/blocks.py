@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ragged_attention import flash
-from ragged_attention.flash import FLOOR, LOG2_E, Softmax, iota
+from ragged_attention.flash import LOG2_E, Softmax, iota
 from ragged_attention.layout import LANES
 from ragged_attention.plan import SECTION, Style
 from ragged_attention.schedule import FIRST, Noted
@@ -74,27 +74,21 @@ class Blocks(Tiles):
 
     def blank(self, head: Any, rows: pl.Slice, style: Style) -> Softmax:
         """What rows know that have seen nothing, or their sinks only."""
-        shape = (rows.size, LANES)
-        nothing = jnp.zeros((shape[0], self.layout.vals.width), jnp.float32)
-        if self.hbm.sinks is None:
-            floor = jnp.full(shape, FLOOR, jnp.float32)
-            return Softmax(floor, jnp.zeros(shape, jnp.float32), nothing)
+        shape, sink = (int(rows.size), LANES), None
+        if self.hbm.sinks is not None and style.tokens == 1:
+            first = head * self.problem.group + rows.start
+            sink = self.hbm.sinks[first : first + rows.size]
+        elif self.hbm.sinks is not None:
+            each = (min(shape[0], style.tokens), LANES)
+            sinks = [jnp.broadcast_to(x, each) for x in self.sinks_of(head, rows, style)]
+            sink = jnp.concatenate(sinks, axis=0)
+        return flash.blank(sink, shape, (shape[0], self.layout.vals.width))
+
+    def sinks_of(self, head: Any, rows: pl.Slice, style: Style) -> list[jax.Array]:
+        """[1, 128] of each query head of some rows, or columns."""
         first = head * self.problem.group
-        if style.tokens == 1:
-            sink = self.hbm.sinks[first + rows.start : first + rows.start + rows.size]
-        else:
-            heads = range(rows.start // style.tokens, -(-(rows.start + rows.size) // style.tokens))
-            each = min(shape[0], style.tokens)
-            sink = jnp.concatenate(
-                [
-                    jnp.broadcast_to(self.hbm.sinks[pl.ds(first + g, 1)], (each, LANES))
-                    for g in heads
-                ],
-                axis=0,
-            )
-        sink = sink * LOG2_E
-        top = jnp.maximum(sink, FLOOR)
-        return Softmax(top, jnp.exp2(sink - top), nothing)
+        heads = range(rows.start // style.tokens, -(-(rows.start + rows.size) // style.tokens))
+        return [self.hbm.sinks[pl.ds(first + g, 1)] for g in heads]
 
     def known(self, head: Any, rows: pl.Slice, style: Style, opens: jax.Array) -> Softmax:
         """What rows know: nothing yet in the first tile, whatever the buffers hold."""
@@ -104,19 +98,12 @@ class Blocks(Tiles):
 
     def blank_columns(self, head: Any, columns: pl.Slice, style: Style) -> Softmax:
         """What columns know that have seen nothing, or their sinks only."""
-        count, tokens = int(columns.size), style.tokens
-        nothing = jnp.zeros((self.layout.vals.width, count), jnp.float32)
-        shape = (flash.SUBLANES, count)
-        if self.hbm.sinks is None:
-            floor = jnp.full(shape, FLOOR, jnp.float32)
-            return Softmax(floor, jnp.zeros(shape, jnp.float32), nothing)
-        first = head * self.problem.group
-        heads = range(columns.start // tokens, -(-(columns.start + count) // tokens))
-        each = min(count, tokens)
-        sinks = [flash.wide(self.hbm.sinks[pl.ds(first + g, 1)], each) for g in heads]
-        sink = jnp.broadcast_to(jnp.concatenate(sinks, axis=1) * LOG2_E, shape)
-        top = jnp.maximum(sink, FLOOR)
-        return Softmax(top, jnp.exp2(sink - top), nothing)
+        count, sink = int(columns.size), None
+        if self.hbm.sinks is not None:
+            each = min(count, style.tokens)
+            sinks = [flash.wide(x, each) for x in self.sinks_of(head, columns, style)]
+            sink = jnp.concatenate(sinks, axis=1)
+        return flash.blank(sink, (flash.SUBLANES, count), (self.layout.vals.width, count))
 
     def columns_of(self, head: Any, columns: pl.Slice) -> Softmax:
         """What columns know."""

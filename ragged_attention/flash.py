@@ -69,6 +69,17 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
+def blank(sink: jax.Array | None, shape: tuple[int, ...], sums: tuple[int, ...]) -> Softmax:
+    """What queries know that have seen nothing, or their sinks only; shapes of `top` and `o`."""
+    if sink is None:
+        top, total = jnp.full(shape, FLOOR, jnp.float32), jnp.zeros(shape, jnp.float32)
+    else:
+        sink = jnp.broadcast_to(sink * LOG2_E, shape)
+        top = jnp.maximum(sink, FLOOR)
+        total = jnp.exp2(sink - top)
+    return Softmax(top, total, jnp.zeros(sums, jnp.float32))
+
+
 def logits(
     q: jax.Array, k: jax.Array, factor: jax.Array, soft_cap: float | None, columns: bool
 ) -> jax.Array:
@@ -137,10 +148,11 @@ def add(state: Softmax, s: jax.Array, v: jax.Array) -> tuple[Softmax, jax.Array]
     weights = jnp.exp2(s - state.top[:1]).astype(v.dtype)
     sums = dot(v, weights, (1, 0))
     far = jnp.max(s, axis=0, keepdims=True) - state.top
-    fade = jnp.exp2(-jnp.maximum(far, 0.0))
+    rise = jnp.maximum(far, 0.0)
+    fade = jnp.exp2(-rise)
     total = (state.total + sums[width : width + SUBLANES]) * fade
     o = (state.o + sums[:width]) * fade[:1]
-    return Softmax(state.top + jnp.maximum(far, 0.0), total, o), far
+    return Softmax(state.top + rise, total, o), far
 
 
 def select(chosen: jax.Array, a: Softmax, b: Softmax) -> Softmax:

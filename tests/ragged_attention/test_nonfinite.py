@@ -55,12 +55,12 @@ def spoiled(batch):
     return dataclasses.replace(bad, **{name: new})
 
 
-def stays(batch, implementation):
+def stays(batch, implementation, plan=None):
     """Whether what is not finite reaches the queries that see it, and changes no bit of others."""
 
     def outputs(batch):
         if implementation == "interpret":
-            return run(batch, plan=WIDE if "ancestors" in batch.options else None).o
+            return run(batch, plan=WIDE if "ancestors" in batch.options else plan).o
         found = ra.ragged_paged_attention(
             *batch.args(), **batch.options, implementation=implementation
         )
