@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -10,7 +12,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +94,31 @@ def _verdict(before: float | None, after: float | None, margin: float) -> str:
     return "slower" if after > before else "faster"
 
 
-def records(what: str | None, options: Options) -> list[Record]:
-    """The records of a file; or of a git revision, predicted now; None is the working tree.
+def two(operands: Sequence[str], options: Options) -> list[Change]:
+    """Compares what is named: two runs, or one and the working tree.
+
+    Each is a file of records, or a git revision, which is predicted now.
 
     Raises:
-      UsageError: `what` is neither.
+      UsageError: an operand is neither.
     """
-    if what is not None and Path(what).is_file():
+    with contextlib.ExitStack() as stack:
+        runs = [_run(name, stack) for name in (*operands, None)[:2]]  # refused before any work
+        with futures.ThreadPoolExecutor() as pool:  # each prediction is a process of its own
+            return changes(*pool.map(lambda run: run(options), runs))
+
+
+def _run(name: str | None, stack: contextlib.ExitStack) -> Callable[[Options], list[Record]]:
+    """How to have the records of a file or of a revision; None is the working tree."""
+    if name is not None and Path(name).is_file():
         try:
-            return read(what)
+            found = read(name)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    with tempfile.TemporaryDirectory() as scratch:
-        root = environment.ROOT if what is None else _checkout(what, Path(scratch) / "tree")
-        return _predict(root, Path(scratch) / "records.jsonl", options)
+        return lambda options: found
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    root = environment.ROOT if name is None else _checkout(name, scratch / "tree")
+    return functools.partial(_predict, root, scratch / "records.jsonl")
 
 
 def _checkout(revision: str, folder: Path) -> Path:
@@ -139,14 +153,3 @@ def selection(options: Options) -> list[str]:
         for key, value in pairs:
             words += [flag, f"{key}={value}"]
     return words
-
-
-def two(operands: Sequence[str], options: Options) -> list[Change]:
-    """Compares what is named: two runs, or one and the working tree.
-
-    Raises:
-      UsageError: an operand is neither a file of records nor a revision.
-    """
-    before = records(operands[0], options)
-    after = records(operands[1] if len(operands) > 1 else None, options)
-    return changes(before, after)
