@@ -48,7 +48,7 @@ COMMANDS = (
     "env",
 )
 OPERANDS = {"compare": 2, "report": 1000}  # how many words may follow the command
-CHIPS = ("tpu7x", "v6e", "v5e")
+CHIPS = ("tpu7x",)  # where none is named
 
 
 class UsageError(ValueError):
@@ -101,7 +101,7 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", **own)
     flags.DEFINE_list("kernel", [], "Kernels, with commas between; all by default.", **own)
     flags.DEFINE_string("case", "", "Only the case of this name, or those that contain it.", **own)
-    flags.DEFINE_list("chip", list(CHIPS), "Chips to compile for.", **own)
+    flags.DEFINE_list("chip", list(CHIPS), "Chips to compile for, such as tpu7x,v6e,v5e.", **own)
     flags.DEFINE_multi_string("set", [], "key=value: changes a parameter of every case.", **own)
     plan = "key=value: changes a field of every plan; tune: tries those fields and values only."
     flags.DEFINE_multi_string("plan", [], plan, **own)
