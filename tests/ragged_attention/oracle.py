@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 import ragged_attention as ra
 
 BF16 = ml_dtypes.bfloat16
+pack_pages = jax.jit(ra.pack_pages, static_argnums=2)
+unpack = jax.jit(lambda cache, layout: ra.KVCache(cache.words, layout).unpack(), static_argnums=1)
 
 
 @dataclasses.dataclass
@@ -38,7 +41,7 @@ class Random:
     def cache(self) -> ra.KVCache:
         """The pages as the kernel has them."""
         values = None if self.layout.latent else jnp.asarray(self.v_pages)
-        return ra.pack_pages(jnp.asarray(self.k_pages), values, self.layout)
+        return pack_pages(jnp.asarray(self.k_pages), values, self.layout)
 
     def args(self) -> tuple[Any, ...]:
         """Positional arguments of `ragged_paged_attention`."""

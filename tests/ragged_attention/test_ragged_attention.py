@@ -25,25 +25,39 @@ ARRAYS = ("window", "ancestors", "sinks", "q_scale", "k_scale", "v_scale", "quer
 
 @functools.cache
 def compiled(mode, plan, statics):
-    """A jitted kernel per static choice; the mode only keeps traces apart."""
+    """A jitted call per static choice: the reference without a plan, else the kernel.
+
+    The mode only keeps traces apart.
+    """
+    how = {"implementation": "interpret", "plan": plan} if plan else {"implementation": "reference"}
 
     @jax.jit
-    def kernel(args, arrays):
-        options = dict(statics) | arrays | {"implementation": "interpret", "plan": plan}
-        return ra.ragged_paged_attention(*args, **options)
+    def call(args, arrays):
+        return ra.ragged_paged_attention(*args, **dict(statics), **arrays, **how)
 
-    return kernel
+    return call
+
+
+def split(batch, more):
+    """Static options, and those that are arrays."""
+    options = {"return_lse": True} | batch.options | more
+    arrays = {n: jnp.asarray(options.pop(n)) for n in ARRAYS if options.get(n) is not None}
+    return tuple(sorted(options.items())), arrays
 
 
 def run(batch, mode=LATE, plan=None, **more):
     """The kernel's results under the strict harness, as numpy arrays."""
     if plan is None:
         plan = dataclasses.replace(PLAN, queries=max(16, 8 * batch.layout.pack))
-    options = {"return_lse": True} | batch.options | more
-    arrays = {n: jnp.asarray(options.pop(n)) for n in ARRAYS if options.get(n) is not None}
-    kernel = compiled(mode, plan, tuple(sorted(options.items())))
+    statics, arrays = split(batch, more)
     with interpret.strict(mode):
-        return jax.tree.map(np.asarray, kernel(batch.args(), arrays))
+        return jax.tree.map(np.asarray, compiled(mode, plan, statics)(batch.args(), arrays))
+
+
+def plain(batch):
+    """The reference's results."""
+    statics, arrays = split(batch, {})
+    return compiled(None, None, statics)(batch.args(), arrays)
 
 
 # Gate A. Weights are rounded once (2^-9 of each, above and below the line of the quotient), the
@@ -67,10 +81,7 @@ def check_gates(batch, out):
     assert (np.isneginf(out.lse) == ~finite).all()
     tolerance = 1e-5 if batch.q.dtype == np.float32 else 4e-3
     assert np.abs(out.lse[finite] - lse[finite]).max(initial=0) <= tolerance
-    plain = ra.ragged_paged_attention(
-        *batch.args(), **batch.options, implementation="reference", return_lse=True
-    )
-    own = np.linalg.norm(np.asarray(plain.o, np.float64) - wanted)
+    own = np.linalg.norm(np.asarray(plain(batch).o, np.float64) - wanted)
     assert np.linalg.norm(o - wanted) <= 1.1 * own + 1e-6 * np.linalg.norm(wanted)
     check_cache(batch, out.cache)
 
@@ -78,8 +89,8 @@ def check_gates(batch, out):
 def check_cache(batch, cache):
     """Rows of requests are what was written; others untouched, or 0 in a request's last group."""
     keys, values, live = oracle.written(batch)
-    before = ra.KVCache(batch.cache.words, batch.layout).unpack()
-    for wanted, old, new in zip((keys, values), before, cache.unpack(), strict=True):
+    before, after = (oracle.unpack(words, batch.layout) for words in (batch.cache, cache))
+    for wanted, old, new in zip((keys, values), before, after, strict=True):
         old, new = np.asarray(old), np.asarray(new)
         assert oracle.same_bits(new[live], wanted.astype(new.dtype)[live])
         same = new.view(np.uint8) == old.view(np.uint8)
@@ -271,8 +282,8 @@ def test_tree_masks(words):
         for i, mask in enumerate(chain(count)):
             causal[begin + i] = [mask >> 32 * w & 0xFFFFFFFF for w in range(words)]
     as_tree = run(dataclasses.replace(batch, options={"ancestors": causal}), plan=plan)
-    plain = run(dataclasses.replace(batch, options={}), plan=plan)
-    assert oracle.same_bits(as_tree.o, plain.o)
+    untreed = run(dataclasses.replace(batch, options={}), plan=plan)
+    assert oracle.same_bits(as_tree.o, untreed.o)
 
 
 @pytest.mark.parametrize("queries", [32, 64])
@@ -407,8 +418,7 @@ def test_bounds_in_disorder_are_made_monotone():
     for cu in ([4, 2, 9, 7], [-3, 5, 70, 99], [0, 0, 0, 0]):
         bad = dataclasses.replace(batch, cu=np.array(cu, np.int32))
         out = run(bad)
-        plain = ra.ragged_paged_attention(*bad.args(), implementation="reference")
-        error = out.o.astype(np.float32) - np.asarray(plain.o, np.float32)
+        error = out.o.astype(np.float32) - np.asarray(plain(bad).o, np.float32)
         assert np.abs(error).max() <= 0.03
 
 
