@@ -8,13 +8,11 @@ import dataclasses
 import functools
 import sys
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 import gla
-from reference import gla as reference
 from tests.gla import oracle
 from tests.gla.test_gla import run
 
@@ -51,21 +49,14 @@ def chained(rule, call, state=np.float32, stored=None):
     return np.concatenate(outputs), oracle.wide(pool)[: len(LENGTHS)]
 
 
+def plain(operands):
+    """The reference, with the kernel's chunks."""
+    return functools.partial(oracle.chunked, chunk=128, operands=operands)
+
+
 @functools.cache
 def wanted(rule):
     return chained(rule, oracle.exact, np.float64)
-
-
-@functools.cache
-def chunked(operands):
-    """The reference, jitted."""
-
-    @jax.jit
-    def call(args, g, beta):
-        options = {"chunk": 128, "operands": operands, "beta": beta}
-        return reference.chunked(*args, decay=oracle.decay_of(g), **options)
-
-    return lambda batch: call(batch.args(), jnp.asarray(batch.g), batch.strength)
 
 
 def errors(found, rule):
@@ -78,7 +69,7 @@ def card(rule, state):
     """Errors of the kernel and of the reference, operands rounded as the kernel's."""
     dtype = STATES[state]
     kernel = chained(rule, run, dtype)
-    return errors(kernel, rule), errors(chained(rule, chunked(jnp.bfloat16), dtype), rule)
+    return errors(kernel, rule), errors(chained(rule, plain(jnp.bfloat16), dtype), rule)
 
 
 def high_and_low(pool):
@@ -97,7 +88,7 @@ def float8(x):
 
 def split_states(rule):
     """Errors of f32 arithmetic whose states are stored as two bf16 numbers."""
-    return errors(chained(rule, chunked(jnp.float32), stored=high_and_low), rule)
+    return errors(chained(rule, plain(jnp.float32), stored=high_and_low), rule)
 
 
 def float8_inputs(rule):
@@ -105,7 +96,7 @@ def float8_inputs(rule):
 
     def call(batch):
         q, k, v = map(float8, (batch.q, batch.k, batch.v))
-        return chunked(jnp.float32)(dataclasses.replace(batch, q=q, k=k, v=v))
+        return plain(jnp.float32)(dataclasses.replace(batch, q=q, k=k, v=v))
 
     return errors(chained(rule, call), rule)
 

@@ -7,13 +7,16 @@ rounds to bf16 before a matrix product, cut into chunks as the kernel cuts them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 import gla
+from reference import gla as reference
 
 ROWS = 16
 
@@ -50,6 +53,17 @@ class Batch:
 def decay_of(g):
     """The decay that a shape of g stands for."""
     return (gla.HeadDecay, gla.TokenDecay, gla.ChannelDecay)[g.ndim - 1](g)
+
+
+def chunked(batch, **options):
+    """The reference, compiled whole: its operations one by one take many times as long."""
+    gates = {"decay": batch.decay, "beta": batch.strength}
+    return _chunked(tuple(sorted(options.items())))(batch.args(), gates)
+
+
+@functools.cache
+def _chunked(options):
+    return jax.jit(lambda args, gates: reference.chunked(*args, **gates, **dict(options)))
 
 
 def random_batch(  # noqa: PLR0913  (a batch, by what is special about it)

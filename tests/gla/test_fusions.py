@@ -33,13 +33,14 @@ def run(batch, prologue=None, epilogue=None, implementation="interpret", plan=PL
         return np.asarray(o), np.asarray(pool)
 
 
-def unfused(batch, prologue, epilogue):
+@jax.jit
+def unfused(args, decay, prologue, epilogue):
     """The reference's layers around the reference with the kernel's roundings."""
-    q, k, *rest = batch.args()
+    q, k, *rest = args
     if prologue is not None:
         q, k = gla.norm_rope(q, k, prologue)
     options = {"operands": jnp.bfloat16, "chunk": PLAN.window}
-    o, pool = reference.chunked(q, k, *rest, decay=batch.decay, **options)
+    o, pool = reference.chunked(q, k, *rest, decay=decay, **options)
     return (o if epilogue is None else gla.norm_gate(o, epilogue)), pool
 
 
@@ -56,7 +57,7 @@ def check_gates(batch, prologue, epilogue, o, pool):
     assert not o[~rows].any()
     assert oracle.error(pool, states) <= 2 * STATE_A
     exact, exact_states = around.exact(batch, prologue, epilogue)
-    plain, plain_states = unfused(batch, prologue, epilogue)
+    plain, plain_states = unfused(batch.args(), batch.decay, prologue, epilogue)
     assert oracle.error(o, exact) <= 1.1 * oracle.error(plain, exact) + FLIPS
     assert oracle.error(pool, exact_states) <= 1.1 * oracle.error(plain_states, exact_states)
 
