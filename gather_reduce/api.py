@@ -62,7 +62,8 @@ def dense_gather_reduce(
       weights: [tokens, top_k] float32 or bfloat16, or None for rows that are weighted already. A
         weight of 0 chooses no row. Rows that are not chosen are not read: what they hold, NaN
         included, does not matter. A token that chooses none gives exactly 0.
-      row_scales: [rows] float32, what rows are to be multiplied by (of float8 rows), or None.
+      row_scales: [rows] float32, what rows are to be multiplied by (of float8 rows), or None. A
+        scale of 0, like a weight of 0, chooses no row; scales of other rows do not matter.
       out_dtype: float32 or bfloat16; that of x by default, bfloat16 for packed rows.
       implementation: "pallas" (the SparseCore), "interpret" (the kernel on a CPU, slow),
         "reference" (what XLA makes of `reference.gather_reduce`), or "auto": whichever of the
@@ -179,7 +180,7 @@ def problem_of(
         words, kind, name = dims["words"], jnp.dtype(jnp.bfloat16), f"packed {x.dtype}"
     else:
         dims.bind("x", x, "rows hidden_size")
-        checks.check_dtype(where, "x", x, _DTYPES)
+        check_rows(where, x)
         words = -(-dims["hidden_size"] // LANES) * LANES
         kind = jnp.dtype(x.dtype)
         name = kind.name
@@ -209,6 +210,19 @@ def problem_of(
     )
 
 
+def check_rows(where: str, x: Any) -> None:
+    """Raises `ArgumentError` unless rows that are not packed are of a type that can be gathered."""
+    if jnp.dtype(x.dtype) == jnp.float8_e4m3fn:
+        raise ArgumentError(
+            where=where,
+            argument="x",
+            got="has dtype float8_e4m3fn",
+            expected="float32, bfloat16 or PackedRows",
+            advice="Pack it with gather_reduce.pack_columns(x).",
+        )
+    checks.check_dtype(where, "x", x, _DTYPES)
+
+
 def _checked(
     where: str,
     x: Rows,
@@ -229,11 +243,7 @@ def _checked(
     chosen, chip, plan = choose(where, implementation, problem, plan)
     if valid is not None:
         indices = jnp.where(valid, indices, -1)
-    factors = None if weights is None else weights.astype(jnp.float32)
-    if row_scales is not None and problem.num_rows:
-        counted = reference.counts(indices, weights, None, problem.num_rows)
-        scales = row_scales[jnp.where(counted, indices, 0)]
-        factors = scales if factors is None else factors * scales
+    factors = reference.factors_of(indices, weights, row_scales)
     run = functools.partial(launch, problem=problem, plan=plan, chosen=chosen, chip=chip)
     return gradient.differentiable(run, x, indices, factors)
 

@@ -40,7 +40,7 @@ def _backward(run: Run, saved: Any, d_out: jax.Array) -> tuple[Any, Any, Any]:
     del run
     x, indices, factors = saved
     rows = unpack_columns(x) if isinstance(x, PackedRows) else x
-    counted = counts(indices, factors, None, rows.shape[0])
+    counted = counts(indices, factors, rows.shape[0])
     d_out = d_out.astype(jnp.float32)
     nothing = np.zeros(indices.shape, jax.dtypes.float0)
     d_factors = None if factors is None else row_products(rows, indices, counted, d_out)

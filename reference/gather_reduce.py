@@ -2,10 +2,11 @@
 
     out[t] = sum_k weights[t, k] * x[indices[t, k]]
 
-A term counts if its index is a row of x, its weight is not 0 and, where `valid` is given, it is
-valid. Terms that do not count are 0 whatever x holds there: NaN and infinities do not leak, and a
-token without any term is exactly 0. Everything is float32 inside. The order of the sum is that of
-`tree_sum`: neighbours are added in pairs, then the sums of neighbours, an odd one out waits.
+A term counts if its index is a row of x, its weight (times the scale of the row, where rows have
+scales) is not 0 and, where `valid` is given, it is valid. Terms that do not count are 0 whatever x
+holds there: NaN and infinities do not leak, not even into gradients, and a token without any term
+is exactly 0. Everything is float32 inside. The order of the sum is that of `tree_sum`: neighbours
+are added in pairs, then the sums of neighbours, an odd one out waits.
 
 Source: the unpermute-and-combine step of mixture-of-experts layers, as in MegaBlocks (arXiv
 2211.15841) and DeepSeek-V3 (arXiv 2412.19437).
@@ -77,17 +78,25 @@ def tree_sum(terms: Sequence[jax.Array]) -> jax.Array:
     return terms[0]
 
 
-def counts(
-    indices: jax.Array,
-    weights: jax.Array | None,
-    valid: jax.Array | None,
-    num_rows: int,
-) -> jax.Array:
-    """[tokens, top_k] which terms count."""
+def counts(indices: jax.Array, weights: jax.Array | None, num_rows: int) -> jax.Array:
+    """[tokens, top_k] which terms count; indices of terms that are not valid are -1."""
     found = (indices >= 0) & (indices < num_rows)
-    if weights is not None:
-        found &= weights != 0
-    return found if valid is None else found & valid
+    return found if weights is None else found & (weights != 0)
+
+
+def factors_of(
+    indices: jax.Array, weights: jax.Array | None, row_scales: jax.Array | None
+) -> jax.Array | None:
+    """[tokens, top_k] float32 that rows are multiplied by, or None for 1.
+
+    Scales of rows that are not chosen are selected away as the rows are: they may be anything.
+    """
+    factors = None if weights is None else weights.astype(jnp.float32)
+    if row_scales is None or not row_scales.shape[0]:
+        return factors
+    counted = counts(indices, weights, row_scales.shape[0])
+    scales = jnp.where(counted, row_scales[jnp.where(counted, indices, 0)], 0.0)
+    return scales if factors is None else factors * scales
 
 
 def gather_reduce(
@@ -116,16 +125,16 @@ def gather_reduce(
     tokens, top_k = indices.shape
     if not tokens or not rows.shape[0] or not top_k:
         return jnp.zeros((tokens, rows.shape[1]), kind)
-    counted = counts(indices, weights, valid, rows.shape[0])
-    chosen = jnp.where(counted, indices, 0)
-    factors = None if weights is None else weights.astype(jnp.float32)
-    if row_scales is not None:
-        scales = row_scales[chosen]
-        factors = scales if factors is None else factors * scales
+    if valid is not None:
+        indices = jnp.where(valid, indices, -1)
+    factors = factors_of(indices, weights, row_scales)
+    counted = counts(indices, factors, rows.shape[0])
 
     def term(k: int) -> jax.Array:
-        row = rows[chosen[:, k]].astype(jnp.float32)
-        row = row if factors is None else row * factors[:, k, None]
-        return jnp.where(counted[:, k, None], row, 0.0)
+        """Selected before it is multiplied, so that gradients are clean as well."""
+        counts_here = counted[:, k, None]
+        row = rows[jnp.where(counted[:, k], indices[:, k], 0)].astype(jnp.float32)
+        row = jnp.where(counts_here, row, 0.0)
+        return row if factors is None else row * jnp.where(counts_here, factors[:, k, None], 0.0)
 
     return tree_sum([term(k) for k in range(top_k)]).astype(kind)

@@ -38,6 +38,12 @@ def ragged(**changes):
     ("function", "changes", "words"),
     [
         (call, {"x": jnp.ones((8, 128), jnp.float16)}, "x has dtype float16; needs float32 or"),
+        (
+            call,
+            {"x": jnp.ones((8, 128), jnp.float8_e4m3fn)},
+            "x has dtype float8_e4m3fn; needs float32, bfloat16 or PackedRows. Pack it with "
+            "gather_reduce.pack_columns(x).",
+        ),
         (call, {"x": jnp.ones(8)}, "x has shape (8,); needs 2 dimensions (rows, hidden_size)"),
         (call, {"indices": jnp.zeros((4, 2))}, "indices has dtype float32; needs int32"),
         (call, {"indices": jnp.zeros((4, 0), jnp.int32)}, "top_k is 0; needs at least 1"),

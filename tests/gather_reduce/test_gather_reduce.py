@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import gather_reduce
 from gather_reduce import Plan
 from gather_reduce import plan as plan_module
+from reference import gather_reduce as reference
 from tests.gather_reduce import oracle
 from tests.gather_reduce.oracle import FORMATS, Shape, check, draw, problem
 from tpukit.chips import chip
@@ -193,6 +194,26 @@ def test_row_scales_multiply_weights():
     out, _ = oracle.simulate(shape, unweighted, row_scales=jnp.asarray(scales))
     only = dataclasses.replace(data, weights=scales[chosen])
     np.testing.assert_array_equal(out, oracle.exact(only, shape.out))
+
+
+def test_scales_of_rows_that_do_not_count_do_not_leak():
+    """Nobody wrote them, nor those rows; row 0 has none either."""
+    shape = Shape(tokens=8, top_k=4, rows=40, format="packed float8_e4m3fn")
+    data = draw(shape, holes=0.1, invalid=0.3)
+    data.weights[2] = 0
+    data.indices[data.indices == 0] = 1
+    scales = np.random.default_rng(1).random(40).astype(np.float32)
+    used = np.isin(np.arange(40), data.indices[oracle.terms(data)[1]])
+    assert not used[0] and not used.all()
+    hidden = dataclasses.replace(data, x=np.where(used[:, None], data.x, oracle.F8.type("nan")))
+    hostile = np.where(used, scales, np.nan).astype(np.float32)
+    out, _ = oracle.simulate(shape, hidden, row_scales=jnp.asarray(hostile))
+    weights = data.weights * scales[np.maximum(data.indices, 0)]
+    right = oracle.exact(dataclasses.replace(data, weights=weights), shape.out)
+    np.testing.assert_array_equal(out, right)
+    args = (oracle.operand(shape, hidden.x), data.indices, data.weights, data.valid)
+    spec = reference.gather_reduce(*args, row_scales=jnp.asarray(hostile))
+    np.testing.assert_array_equal(np.asarray(spec), right)
 
 
 def test_every_float8_code_but_nan_is_exact():

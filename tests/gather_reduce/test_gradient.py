@@ -1,5 +1,7 @@
 """The gradient, against what JAX derives from the reference."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,34 @@ def test_row_scales_and_packed_rows():
             for f in (gather_reduce.dense_gather_reduce, reference.gather_reduce)
         )
         np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["reference", SIMULATED])
+def test_nothing_leaks_from_what_does_not_count(implementation):
+    """Rows and scales that no term counts are NaN; gradients are those without them."""
+    shape = Shape(tokens=6, top_k=3, rows=20, format="float32", out="float32")
+    data = draw(shape, holes=0.1, invalid=0.3)
+    data.weights[2] = 0
+    data.indices[data.indices == 0] = 1
+    used = np.isin(np.arange(20), data.indices[oracle.terms(data)[1]])
+    assert not used[0] and used.sum() < 19
+
+    def loss(function, x, weights, scales):
+        out = function(x, data.indices, weights, data.valid, row_scales=scales)
+        return jnp.sum(out**2)
+
+    def gradients(function, fill):
+        x = jnp.asarray(np.where(used[:, None], data.x, fill).astype(np.float32))
+        scales = jnp.asarray(np.where(used, 1.5, fill).astype(np.float32))
+        weights = jnp.asarray(data.weights)
+        return jax.grad(functools.partial(loss, function), argnums=(0, 1, 2))(x, weights, scales)
+
+    run = functools.partial(gather_reduce.ragged_gather_reduce, implementation=implementation)
+    right = gradients(reference.gather_reduce, 0.0)
+    for function in (run, reference.gather_reduce):
+        for a, b in zip(gradients(function, np.nan), right, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+            assert np.asarray(b).any()
 
 
 def test_rows_that_several_tokens_chose_get_the_sum():
