@@ -137,16 +137,71 @@ def doubled(x, ids):
     return out
 
 
-def swaps(*, barrier=True):
+def in_turn():
+    """Parallel iterations bring their rows to the same place, and double them elsewhere."""
+
+    def body(me, x, ids, out, rows, mine, sem):
+        @plsc.parallel_loop(1, ROWS)
+        def _(r):
+            pltpu.sync_copy(x.at[pl.ds(me * ROWS + r, 1)], rows.at[pl.ds(0, 1)])
+            for c in range(0, WIDTH, LANES):
+                rows[r, pl.ds(c, LANES)] = rows[0, pl.ds(c, LANES)] * 2
+
+        pltpu.sync_copy(rows, out.at[pl.ds(me * ROWS, ROWS)])
+
+    return kernel(body, *BUFFERS)
+
+
+def scatters():
+    """Rows go out last first, by indices."""
+
+    def body(me, x, ids, out, rows, mine, sem):
+        pltpu.sync_copy(x.at[pl.ds(me * ROWS, ROWS)], rows)
+        mine[:] = (me + 1) * ROWS - 1 - lax.iota(I32, ROWS)
+        pltpu.async_copy(rows, out.at[mine], sem).wait()
+
+    return kernel(body, *BUFFERS)
+
+
+def scattered(x, ids):
+    return np.concatenate([x[ROWS - 1 :: -1], x[2 * ROWS - 1 : ROWS - 1 : -1]])
+
+
+def beyond(*, element=False):
+    """A slice, or an element, behind the end of its array."""
+
+    def body(me, x, ids, out, rows, mine, sem):
+        first = 0 if element else 64 - ROWS + 1 + me
+        pltpu.sync_copy(x.at[pl.ds(first, ROWS)], rows)
+        column = plsc.load_gather(rows, [lax.iota(I32, LANES) + 1, jnp.zeros(LANES, I32)])
+        rows[0, pl.ds(0, LANES)] = column
+        pltpu.sync_copy(rows, out.at[pl.ds(me * ROWS, ROWS)])
+
+    return kernel(body, *BUFFERS)
+
+
+def fresh(x, ids):
+    """Memory that nobody wrote, floats and integers."""
+
+    def body(me, x, ids, out, rows, mine, sem):
+        rows[0, pl.ds(0, LANES)] = mine[:].astype(F32)
+        pltpu.sync_copy(rows, out.at[pl.ds(me * ROWS, ROWS)])
+
+    return kernel(body, *BUFFERS)(x, ids)
+
+
+def swaps(*, barrier=True, alone=False, apart=True):
     """Each subcore publishes its rows in the shared memory, and reads those of the other."""
 
     def body(me, x, ids, out, rows, mine, sem, shared):
         pltpu.sync_copy(x.at[pl.ds(me * ROWS, ROWS)], rows)
-        pltpu.sync_copy(rows, shared.at[pl.ds(me * ROWS, ROWS)])
+        pltpu.sync_copy(rows, shared.at[pl.ds(me * ROWS if apart else 0, ROWS)])
         if barrier:
             plsc.subcore_barrier()
         pltpu.sync_copy(shared.at[pl.ds((1 - me) * ROWS, ROWS)], rows)
         pltpu.sync_copy(rows, out.at[pl.ds(me * ROWS, ROWS)])
+        if alone:
+            pl.when(me == 0)(plsc.subcore_barrier)
 
     return kernel(body, *BUFFERS, pltpu.VMEM_SHARED((2 * ROWS, WIDTH), F32))
 
@@ -323,6 +378,7 @@ def of_pipelines(x, ids):
 GOOD = {
     "gather": (gathers(), lambda x, ids: x[ids]),
     "pushes": (pushes(), pushed),
+    "scatter": (scatters(), scattered),
     "parallel loop": (sums(), doubled),
     "barrier": (swaps(), swapped),
     "semaphores": (signals(), swapped),
@@ -340,13 +396,19 @@ FAULTS = {
     "never awaited": (never_awaited(), faults.NotAwaitedError),
     "waits twice": (gathers(twice=True), faults.DeadlockError),
     "nobody signals": (signals(signal=False), faults.DeadlockError),
+    "a subcore is not at the barrier": (swaps(alone=True), faults.DeadlockError),
     "row out of bounds": (gathers(row=64), faults.OutOfBoundsError),
+    "row before the first": (gathers(row=-64), faults.OutOfBoundsError),
+    "slice out of bounds": (beyond(), faults.OutOfBoundsError),
+    "element out of bounds": (beyond(element=True), faults.OutOfBoundsError),
     "some output unwritten": (unwritten(), faults.UnwrittenError),
     "an output unwritten by a core": (gathers(store=False), faults.UnwrittenError),
     "carried dependence": (sums(carried=True), faults.CarriedError),
+    "carried by transfers": (in_turn(), faults.CarriedError),
     "too much VMEM": (too_large(), faults.MemoryFullError),
     "missing barrier": (swaps(barrier=False), faults.RaceError),
     "two subcores write one row": (gathers(everywhere=True), faults.RaceError),
+    "two subcores write one shared row": (swaps(apart=False), faults.RaceError),
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.tpukit import sparse_kernels
 from tpukit import sparsecore
 from tpukit.errors import UnsupportedError
+from tpukit.sparsecore import memory
 
 pytestmark = pytest.mark.needs("SparseCore simulator")
 
@@ -51,6 +52,35 @@ def test_counts_are_what_was_moved():
     assert kernel.total("hbm_written") == 2 * rows
     assert kernel.total("transfers") == 6
     assert kernel.vmem_bytes == rows + sparse_kernels.ROWS * 4
+
+
+def test_counts_are_of_each_subcore():
+    run, _ = sparse_kernels.GOOD["gather"]
+    (kernel,) = sparsecore.simulate(run, *sparse_kernels.arrays()).kernels
+    rows, ids = sparse_kernels.ROWS * sparse_kernels.WIDTH * 4, sparse_kernels.ROWS * 4
+    for counts in kernel.cores.values():
+        assert (counts.transfers, counts.hbm_read, counts.hbm_written) == (3, rows + ids, rows)
+
+
+def test_fresh_memory_is_nan_and_minus_one():
+    out = sparsecore.simulate(sparse_kernels.fresh, *sparse_kernels.arrays()).out
+    first = slice(None, None, sparse_kernels.ROWS), slice(None, sparse_kernels.LANES)
+    assert (out[first] == -1).all()
+    out[first] = np.nan
+    assert np.isnan(out).all()
+
+
+def test_parallel_iterations_are_shuffled(monkeypatch):
+    """The order alone betrays what one iteration takes from another."""
+    monkeypatch.setattr(memory.Iterations, "conflict", lambda *_: False)
+    run, _ = sparse_kernels.FAULTS["carried dependence"]
+    x, ids = sparse_kernels.arrays()
+    in_order = x[:1].reshape(-1, sparse_kernels.LANES).copy()
+    for c in range(1, len(in_order)):
+        in_order[c] = in_order[c] * 2 + in_order[c - 1]
+    for seed in range(3):
+        out = sparsecore.simulate(run, x, ids, seed=seed).out
+        assert not np.array_equal(out[:1], in_order.reshape(1, -1))
 
 
 def test_ignored_rows_are_not_counted():

@@ -19,6 +19,7 @@ from tpukit.sparsecore.faults import (
     UnmodelledError,
 )
 from tpukit.sparsecore.memory import Buffer, Iterations, Region
+from tpukit.sparsecore.program import Program
 from tpukit.sparsecore.transfers import (
     Semaphore,
     Transfer,
@@ -84,6 +85,10 @@ class Machine:
         """The traced form of a pipeline."""
         raise NotImplementedError
 
+    def program(self, jaxpr: Any) -> Program:
+        """A jaxpr, looked up."""
+        raise NotImplementedError
+
 
 class Core:
     """A subcore at work.
@@ -117,29 +122,27 @@ class Core:
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> Steps:
         """Interprets a jaxpr; returns its results."""
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-
-        def read(atom: Any) -> Any:
-            return np.asarray(atom.val, atom.aval.dtype) if hasattr(atom, "val") else env[atom]
-
-        for eqn in jaxpr.eqns:
-            operands = [read(atom) for atom in eqn.invars]
-            name = eqn.primitive.name
+        program = self.machine.program(jaxpr)
+        env = program.environment(consts, args)
+        for step in program.steps:
+            operands = [env[at] for at in step.reads]
             try:
-                if name in values.RULES:
-                    avals = [v.aval for v in eqn.outvars]
-                    results = values.evaluate(name, operands, eqn.params, avals)
+                if step.rule is None:
+                    results = yield from self._effect(step.name, step.eqn, operands)
                 else:
-                    results = yield from self._effect(name, eqn, operands)
+                    result = step.rule(*operands)
+                    if step.fits(result):
+                        env[step.writes[0]] = result
+                        continue
+                    results = values.fitted(step.name, result, step.wanted)
             except SimulationError as error:
                 if error.line:
                     raise
-                line = _private.where(eqn.source_info)
+                line = _private.where(step.eqn.source_info)
                 raise type(error)(error.what, core=error.core or self.name, line=line) from None
-            for var, result in zip(eqn.outvars, results, strict=True):
-                env[var] = result
-        return [read(atom) for atom in jaxpr.outvars]
+            for at, result in zip(step.writes, results, strict=True):
+                env[at] = result
+        return [env[at] for at in program.results]
 
     def _effect(self, name: str, eqn: Any, operands: list[Any]) -> Steps:
         """An operation that has effects, or other operations inside."""
@@ -264,6 +267,10 @@ class Core:
             raise SimulationError(f"loads and stores cannot reach {region.buffer.name}, in HBM")
         check_flights(region, write, adds, self.name)
         check_order(region, self, write, adds)
+        self._iterate(region, write)
+
+    def _iterate(self, region: Region, write: bool) -> None:
+        """Checks that no other iteration of a parallel loop disturbs a touch of this one."""
         for loop in self._loops:
             if loop.conflict(region, write):
                 verb = "writes" if write else "reads"
@@ -358,12 +365,19 @@ class Core:
         if is_push(regions, self.place):
             counter = None if other is None else self._semaphore(other).read().item()
             push = Transfer(*regions, False, counter, self, size, size, self.line, push=True)
-            self.machine.transfers.start(push)
+            self._start(push)
             return
         if semaphore is None or other is not None:
             raise SimulationError("only a copy from VMEM to HBM or shared memory has `src_sem`")
         counter = self._semaphore(semaphore).read().item()
-        transfer = Transfer(*regions, params["add"], counter, self, size, size, self.line)
+        self._start(Transfer(*regions, params["add"], counter, self, size, size, self.line))
+
+    def _start(self, transfer: Transfer) -> None:
+        """Starts a transfer, whose ends in this core's memory an iteration touches by that."""
+        for region, write, adds in transfer.touched():
+            atomic = adds and region.buffer.space == "shared"
+            if region.buffer.space in _VALUE_SPACES and not atomic:
+                self._iterate(region, write)
         self.machine.transfers.start(transfer)
 
     def _do_dma_wait(self, operands: list[Any], params: Any, eqn: Any) -> Steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -64,12 +65,13 @@ class Iterations:
             self._touched[id(buffer)] = fresh
         writer, reader = self._touched[id(buffer)]
         index, me = region.base_index, self.current
-        if np.any((writer[index] != _NOBODY) & (writer[index] != me)):
+        wrote, read = writer[index], reader[index]
+        if ((wrote != _NOBODY) & (wrote != me)).any():
             return True
+        others = (read != _NOBODY) & (read != me)
         if write:
             writer[index] = me
-            return bool(np.any((reader[index] != _NOBODY) & (reader[index] != me)))
-        others = (reader[index] != _NOBODY) & (reader[index] != me)
+            return bool(others.any())
         reader[index] = np.where(others, _MANY, me)
         return False
 
@@ -92,10 +94,11 @@ class Buffer:
         self.shadow = Shadow(data.shape) if shared else None
         self.written: np.ndarray | None = None
         self.flights: list[tuple[Region, Any, bool, bool]] = []
+        self._whole = Region(self, tuple(slice(0, n) for n in data.shape))
 
     def whole(self) -> Region:
         """All of it."""
-        return Region(self, tuple(slice(0, n) for n in self.data.shape))
+        return self._whole
 
 
 def garbage(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -214,6 +217,11 @@ class Region:
     @property
     def box(self) -> Box:
         """Bounds in each dimension of the buffer."""
+        return self._box if self.indirect is None else tuple(map(_bounds, self.base_index))
+
+    @functools.cached_property
+    def _box(self) -> Box:
+        """`box` where no memory decides it, so that it stays the same."""
         return tuple(map(_bounds, self.base_index))
 
     def overlaps(self, other: Region) -> bool:
@@ -251,7 +259,7 @@ class Region:
                 index.append(part)
         if any(isinstance(part, Indirect) for part in index[1:]):
             raise UnmodelledError("indices choose something other than rows")
-        region = dataclasses.replace(self, index=tuple(index))
+        region = Region(self.buffer, tuple(index), self.dtype)
         region.check_bounds(self.seen_shape)
         return region
 

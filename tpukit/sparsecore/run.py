@@ -26,6 +26,7 @@ from tpukit.sparsecore.faults import (
     UnwrittenError,
 )
 from tpukit.sparsecore.memory import Buffer, Region, garbage
+from tpukit.sparsecore.program import Program
 from tpukit.sparsecore.transfers import Semaphore, Timing, Transfers
 
 KERNEL = "mpmd_map"
@@ -67,6 +68,7 @@ class Run(Machine):
         self._barriers: dict[int, list[Core]] = {}
         self._passed: dict[int, int] = {}
         self._pipelines: dict[int, Any] = {}
+        self._looked_up: dict[int, Program] = {}
         places = [
             (mesh, dict(zip(mesh.shape, at, strict=True)))
             for mesh in self._params["meshes"]
@@ -220,6 +222,12 @@ class Run(Machine):
                 axes |= dict(mesh.shape)
             self._pipelines[id(eqn)] = _private.pipeline_jaxpr(eqn, axes)
         return self._pipelines[id(eqn)]
+
+    def program(self, jaxpr: Any) -> Program:
+        """A jaxpr, looked up once."""
+        if id(jaxpr) not in self._looked_up:
+            self._looked_up[id(jaxpr)] = Program(jaxpr)
+        return self._looked_up[id(jaxpr)]
 
 
 def sparse_core(core: Core) -> int:

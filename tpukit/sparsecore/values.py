@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ def _broadcast(
     spread = [1] * len(shape)
     for axis, size in zip(broadcast_dimensions, x.shape, strict=True):
         spread[axis] = size
-    return np.broadcast_to(x.reshape(spread), shape)
+    out = np.empty(shape, x.dtype)  # quicker than a view, of what is as short as vectors
+    out[...] = x.reshape(spread)
+    return out
 
 
 def _iota(*, dtype: Any, shape: tuple[int, ...], dimension: int, **_: Any) -> np.ndarray:
@@ -209,6 +212,13 @@ RULES: Mapping[str, Rule] = {name: _plain(function) for name, function in _DIREC
 }
 
 
+def rule_of(name: str, params: Mapping[str, Any]) -> Rule | None:
+    """What computes a primitive with these parameters from its operands, or None."""
+    if name in _DIRECT:
+        return _DIRECT[name]
+    return functools.partial(RULES[name], **params) if name in RULES else None
+
+
 def evaluate(
     name: str, operands: list[Any], params: Mapping[str, Any], avals: list[Any]
 ) -> list[Any]:
@@ -217,17 +227,26 @@ def evaluate(
     Raises:
       UnmodelledError: there is no rule for it.
     """
-    rule = RULES.get(name)
+    rule = rule_of(name, params)
     if rule is None:
         raise UnmodelledError(f"the primitive {name!r} has no rule")
-    results = rule(*operands, **params)
-    results = results if isinstance(results, list) else [results]
+    return fitted(name, rule(*operands), [(aval.shape, aval.dtype) for aval in avals])
+
+
+def fitted(name: str, results: Any, wanted: Sequence[tuple[tuple[int, ...], Any]]) -> list[Any]:
+    """Results of a rule with these shapes and types.
+
+    Raises:
+      UnmodelledError: they are of another size.
+    """
     out = []
-    for result, aval in zip(results, avals, strict=True):
-        if type(result) is np.ndarray and (result.shape, result.dtype) == (aval.shape, aval.dtype):
+    for result, (shape, dtype) in zip(
+        results if isinstance(results, list) else [results], wanted, strict=True
+    ):
+        if type(result) is np.ndarray and result.shape == shape and result.dtype == dtype:
             out.append(result)
             continue
-        if math.prod(np.shape(result)) != math.prod(aval.shape):
-            raise UnmodelledError(f"{name!r} gave shape {np.shape(result)}, not {aval.shape}")
-        out.append(np.asarray(result, dtype=aval.dtype).reshape(aval.shape))
+        if math.prod(np.shape(result)) != math.prod(shape):
+            raise UnmodelledError(f"{name!r} gave shape {np.shape(result)}, not {shape}")
+        out.append(np.asarray(result, dtype=dtype).reshape(shape))
     return out
