@@ -35,12 +35,14 @@ class Stream:
       kind: "linear", "indirect", ...
       direction: "gather" (to the subcore) or "scatter"; with what is added in flight.
       size: bytes, or None where a register decides.
+      row_size: of a stream of chosen rows, the bytes of each; None where a register decides.
     """
 
     address: int
     kind: str
     direction: str
     size: int | None
+    row_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,12 +196,13 @@ def _streams(
         parts = [part.strip() for part in match[6].split(",")]
         arguments = [part for part in parts if part and not part.startswith("[")]
         words = _constant(code, arguments[0], address, spans) if arguments else None
-        if words is not None and match[2] != "linear":
+        size = row_size = None if words is None else words * _WORD
+        if match[2].startswith("indirect"):
             rows = _constant(code, arguments[2], address, spans) if len(arguments) > 2 else None
-            words = None if rows is None else words * rows
-        direction = match[3] + (match[4] or "")
-        size = None if words is None else words * _WORD
-        found.append(Stream(address, match[2], direction, size))
+            size = None if rows is None or row_size is None else row_size * rows
+        else:
+            row_size = None
+        found.append(Stream(address, match[2], match[3] + (match[4] or ""), size, row_size))
     return found
 
 

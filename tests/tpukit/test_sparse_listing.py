@@ -39,9 +39,21 @@ def test_the_gather_by_hand(parse, chip, end):
     assert loop.trips is None  # the number of cores decides
     assert loop.streams == (
         Stream(0x0F, "linear", "gather", 32 * 4),  # the indices
-        Stream(0x13, "indirect", "gather", 32 * 128 * 4),  # the rows
+        Stream(0x13, "indirect", "gather", 32 * 128 * 4, 128 * 4),  # the rows
         Stream(0x18, "linear", "scatter", 32 * 128 * 4),
     )
+
+
+def test_a_strided_stream_says_its_whole_size(parse):
+    edit = (r"linear\.scatter (.*) \$0x1000, \$0x38", r"strided.scatter \1 $0x1000, s9, s11, $0x38")
+    stream = parse("tpu7x", edit).sections[1].streams[2]
+    assert stream == Stream(0x18, "strided", "scatter", 32 * 128 * 4)
+
+
+def test_a_stream_of_some_lanes_says_the_size_of_a_row(parse):
+    edit = (r"indirect\.gather (.*) s9, s11, \$0xb8", r"indirect_vreg.gather \1 v1, vm0, $0xb8")
+    stream = parse("tpu7x", edit).sections[1].streams[1]
+    assert stream == Stream(0x13, "indirect_vreg", "gather", None, 128 * 4)
 
 
 COUNTED = """tec
