@@ -44,7 +44,7 @@ CASES = (
     _case("deepseek-v3", "dense"),
     _case("deepseek-v3", "pre-weighted", weighted=False),
     _case("deepseek-v3", "plain rows", rows="bfloat16"),
-    _case("deepseek-v3", "float8", rows="packed float8_e4m3fn"),
+    _case("deepseek-v3", "float8", rows="packed float8_e4m3fn", scaled=True),
     _case("deepseek-v3", "ragged 2", devices_sharing=2),
     _case("deepseek-v3", "ragged 16", devices_sharing=16),
     _case("deepseek-v3", "small", tokens=256),
@@ -56,7 +56,10 @@ MORE = ()
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The parameters of a case; `devices_sharing` is 1 where all rows are valid."""
+    """The parameters of a case; `devices_sharing` is 1 where all rows are valid.
+
+    `scaled` is whether rows have scales, as those of narrow types have.
+    """
 
     tokens: int
     top_k: int
@@ -64,6 +67,7 @@ class Shape:
     rows: str
     weighted: bool
     devices_sharing: int
+    scaled: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -76,29 +80,32 @@ class Shape:
         return jnp.dtype(self.rows.removeprefix("packed "))
 
     def specs(self) -> tuple[Any, ...]:
-        """Shapes of x, indices, and of weights and valid where there are any."""
+        """Shapes of x, indices, and of weights, row scales and valid where there are any."""
         x: Any = Spec((self.num_rows, self.hidden_size), self.dtype)
         if self.rows.startswith("packed"):
             words = jax.eval_shape(pack_columns, x).words
             x = PackedRows(words, self.hidden_size, self.dtype.name)
         size = (self.tokens, self.top_k)
         weights = [Spec(size, jnp.float32)] if self.weighted else []
+        scales = [Spec((self.num_rows,), jnp.float32)] if self.scaled else []
         valid = [Spec(size, jnp.bool_)] if self.devices_sharing > 1 else []
-        return x, Spec(size, jnp.int32), *weights, *valid
+        return x, Spec(size, jnp.int32), *weights, *scales, *valid
 
 
-def _shape(case: Case) -> Shape:
+def shape_of(case: Case) -> Shape:
+    """The parameters of a case."""
     params: dict[str, Any] = dict(case.params)
     return Shape(**params)
 
 
 def _call(shape: Shape, run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`run(x, indices, weights, valid)` on the arrays of a case."""
+    """`run(x, indices, weights, valid, row_scales=...)` on the arrays of a case."""
 
     def fn(x: Any, indices: jax.Array, *rest: jax.Array) -> jax.Array:
         optional = list(rest)
         weights = optional.pop(0) if shape.weighted else None
-        return run(x, indices, weights, optional[0] if optional else None)
+        scales = optional.pop(0) if shape.scaled else None
+        return run(x, indices, weights, optional[0] if optional else None, row_scales=scales)
 
     return fn
 
@@ -108,17 +115,18 @@ def _kernel(fields: Mapping[str, Any]) -> Callable[..., jax.Array]:
     options: dict[str, Any] = {"implementation": "pallas"}
     options["plan"] = gather_reduce.Plan(**fields) if fields else None
 
-    def fn(x: Any, indices: jax.Array, weights: Any, valid: Any) -> jax.Array:
+    def fn(x: Any, indices: jax.Array, weights: Any, valid: Any, row_scales: Any) -> jax.Array:
+        given = options | {"row_scales": row_scales}
         if valid is None:
-            return gather_reduce.dense_gather_reduce(x, indices, weights, **options)
-        return gather_reduce.ragged_gather_reduce(x, indices, weights, valid, **options)
+            return gather_reduce.dense_gather_reduce(x, indices, weights, **given)
+        return gather_reduce.ragged_gather_reduce(x, indices, weights, valid, **given)
 
     return fn
 
 
 def inputs(case: Case, seed: int) -> tuple[Any, ...]:
     """See `microbench.case.Suite`, as for all that follows."""
-    return _inputs(_shape(case), seed)
+    return _inputs(shape_of(case), seed)
 
 
 def _inputs(shape: Shape, seed: int) -> tuple[Any, ...]:
@@ -131,14 +139,15 @@ def _inputs(shape: Shape, seed: int) -> tuple[Any, ...]:
     weights = [jnp.asarray(rng.random(size, np.float32))] if shape.weighted else []
     local = rng.integers(0, shape.devices_sharing, size) == 0
     valid = [jnp.asarray(local)] if shape.devices_sharing > 1 else []
-    return packed, indices, *weights, *valid
+    scales = [jnp.asarray(rng.random(shape.num_rows, np.float32))] if shape.scaled else []
+    return packed, indices, *weights, *scales, *valid
 
 
 def timed(case: Case) -> Case:
     """On a CPU, at most 256 tokens."""
     if jax.default_backend() == "tpu":
         return case
-    tokens = min(_shape(case).tokens, 256)
+    tokens = min(shape_of(case).tokens, 256)
     return dataclasses.replace(case, params={**case.params, "tokens": tokens})
 
 
@@ -150,17 +159,17 @@ def chips(case: Case) -> tuple[str, ...]:
 
 def reference_fn(case: Case) -> Callable[..., Any]:
     """The specification."""
-    return jax.jit(_call(_shape(case), reference.gather_reduce))
+    return jax.jit(_call(shape_of(case), reference.gather_reduce))
 
 
 def kernel_fn(case: Case) -> Callable[..., Any]:
     """The kernel on this machine's TPU."""
-    return jax.jit(_call(_shape(case), _kernel(case.plan)))
+    return jax.jit(_call(shape_of(case), _kernel(case.plan)))
 
 
 def check(case: Case, seed: int) -> list[Check]:
     """Bit for bit; on a TPU at full size, elsewhere on simulated SparseCores, with bytes moved."""
-    shape = _shape(case)
+    shape = shape_of(case)
     if jax.default_backend() == "tpu":
         args = _inputs(shape, seed)
         return [_same(shape, args, kernel_fn(case)(*args))]
@@ -172,7 +181,7 @@ def check(case: Case, seed: int) -> list[Check]:
     except sparsecore.faults.SimulationError as error:
         return [Check(f"runs: {type(error).__name__}", float("inf"), 0.0, note=str(error))]
     (kernel,) = found.kernels
-    entries = 4 * shape.num_rows * (2 if shape.weighted else 1)
+    entries = _entry_bytes(shape)
     read = kernel.total("hbm_read") / (_gathered_bytes(shape, args) + entries)
     limit = 2.2 if shape.rows == "bfloat16" else 1.1  # rows of bfloat16 share words in pairs
     written = kernel.total("hbm_written") / (shape.tokens * shape.hidden_size * 2)
@@ -193,6 +202,11 @@ def _same(shape: Shape, args: tuple[Any, ...], found: Any) -> Check:
 def _gathered_bytes(shape: Shape, args: tuple[Any, ...]) -> int:
     valid = int(np.sum(args[-1])) if shape.devices_sharing > 1 else shape.num_rows
     return valid * shape.hidden_size * shape.dtype.itemsize
+
+
+def _entry_bytes(shape: Shape) -> int:
+    """Indices, and factors where there are any."""
+    return 4 * shape.num_rows * (2 if shape.weighted or shape.scaled else 1)
 
 
 def aot_target(case: Case) -> tuple[str, dict[str, Any]]:
@@ -221,25 +235,29 @@ def peers(case: Case, seed: int) -> dict[str, Call]:
 
 
 def cost(case: Case) -> Cost:
-    """Valid rows and indices read once, the result written once; no products of matrices."""
-    shape = _shape(case)
+    """Valid rows, indices and factors read once, the result written once; no matrix products."""
+    shape = shape_of(case)
     row = shape.hidden_size * shape.dtype.itemsize
     rows = shape.num_rows / shape.devices_sharing
-    entries = 4 * shape.num_rows * (2 if shape.weighted else 1)
-    return Cost(flops=0.0, hbm_bytes=rows * row + entries + shape.tokens * shape.hidden_size * 2)
+    scales = 4 * shape.num_rows if shape.scaled else 0
+    moved = rows * row + _entry_bytes(shape) + scales + shape.tokens * shape.hidden_size * 2
+    return Cost(flops=0.0, hbm_bytes=moved)
 
 
 def explain(case: Case, chip: str) -> gather_reduce.Explanation:
     """What the kernel would run on the SparseCores, even where XLA is expected to be quicker."""
     plan = gather_reduce.Plan(**dict[str, Any](case.plan)) if case.plan else None
-    return plan_for(_problem(_shape(case)), chip_named(chip), plan, sparse_only=True)
+    return plan_for(problem_in(case), chip_named(chip), plan, sparse_only=True)
 
 
-def _problem(shape: Shape) -> Problem:
+def problem_in(case: Case) -> Problem:
+    """The static problem of a case."""
+    shape = shape_of(case)
     x, indices, *rest = shape.specs()
-    return problem_of(
-        "microbench", x, indices, rest[0] if shape.weighted else None, None, None, None
-    )
+    weights = rest.pop(0) if shape.weighted else None
+    scales = rest.pop(0) if shape.scaled else None
+    valid = rest[0] if rest else None
+    return problem_of("microbench", x, indices, weights, valid, scales, None)
 
 
 def figures(case: Case, report: Any) -> dict[str, float]:
@@ -291,8 +309,8 @@ def bundles(case: Case, report: Any) -> float:
     Everything outside the loops over columns and over indices is taken to be issued in every step
     for every part of a word that is decoded by itself, whatever its branch.
     """
-    shape = _shape(case)
-    problem, found = _problem(shape), explain(case, report.chip).plan
+    shape = shape_of(case)
+    problem, found = problem_in(case), explain(case, report.chip).plan
     chip = chip_named(report.chip)
     if chip.sparse is None:
         return 0

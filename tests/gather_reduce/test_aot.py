@@ -9,9 +9,8 @@ import math
 import pytest
 
 import gather_reduce
-from gather_reduce.api import problem_of
 from gather_reduce.plan import bundles as model_bundles
-from gather_reduce.plan import plan_for, work_of
+from gather_reduce.plan import work_of
 from microbench.case import Case
 from microbench.cases import gather_reduce as cases
 from tests.gather_reduce import targets
@@ -36,84 +35,106 @@ def test_compiles_inside_shard_map_and_vmap(target, tmp_path):
     assert len(found["sparse_kernels"]) == 1
 
 
-@pytest.mark.parametrize(("name", "count"), [("tpu7x", 1), ("v6e", 1), ("v5e", 0)])
+@pytest.mark.parametrize(("name", "count"), [("tpu7x", 1), ("v5e", 0)])
 def test_the_grouped_layer_sums_on_the_sparsecores_that_there_are(name, count, tmp_path):
     found = aot.compile_and_dump(f"{TARGETS}:layer", name, tmp_path)
     kernels = [k for k in found["sparse_kernels"] if k.startswith("gather_reduce")]
     assert len(kernels) == count
 
 
+def case_of(**changes):
+    """A case with the sizes of DeepSeek-V3."""
+    (usual,) = (c for c in cases.CASES if c.name == "deepseek-v3/dense")
+    return Case("gather_reduce", "test", {**usual.params, **changes})
+
+
 @functools.cache
-def report(name, **options):
-    return aot.static_report(f"{TARGETS}:one", name, **options)
+def report(name, **changes):
+    """Of a case; several tests look at the same program."""
+    target, arguments = cases.aot_target(case_of(**changes))
+    return aot.static_report(target, name, **arguments)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "clean", "masked"),
+    ("name", "changes", "clean", "masked"),
     [
         ("tpu7x", {}, 32, 38),
         ("tpu7x", {"weighted": False}, 21, 27),
         ("tpu7x", {"top_k": 6}, 24, 29),
-        ("tpu7x", {"rows": "float32", "out": "float32"}, 16, 22),
+        ("tpu7x", {"rows": "float32"}, 16, 22),
         ("tpu7x", {"rows": "bfloat16"}, 21, 28),
-        ("tpu7x", {"rows": "packed float8_e4m3fn"}, 43, 49),
+        ("tpu7x", {"rows": "packed float8_e4m3fn", "scaled": True}, 43, 49),
         ("v6e", {}, 32, 38),
         ("v5p", {}, 32, 38),
     ],
     ids=lambda v: str(v),
 )
 def test_bundles_of_a_vector_of_columns_and_what_the_cost_model_makes_of_it(
-    name, options, clean, masked
+    name, changes, clean, masked
 ):
     """For 16 rows; packed bfloat16 has two columns per word."""
-    found = cases.column_loops(report(name, **options))
+    case, compiled = case_of(**changes), report(name, **changes)
+    found = cases.column_loops(compiled)
     assert 10 < found.clean <= clean and found.clean < found.masked <= masked
     assert found.few is None
-
-    sizes = {"tokens": 2048, "top_k": 8, "rows": "packed bfloat16", **usual(options)}
-    x, indices, *rest = cases.Shape(**sizes).specs()
-    problem = problem_of("test", x, indices, rest[0] if rest else None, None, None, None)
-    plan = plan_for(problem, chip(name), sparse_only=True).plan
-    counted = cases.bundles(Case("gather_reduce", "test", sizes), report(name, **options))
-    assert model_bundles(problem, plan, chip(name)) == pytest.approx(counted, rel=0.12)
-
-
-def usual(options):
-    """The parameters of a case for the options of a target."""
-    kept = {key: value for key, value in options.items() if key != "out"}
-    return {"hidden_size": 7168, "weighted": True, "devices_sharing": 1} | kept
+    modelled = model_bundles(cases.problem_in(case), cases.explain(case, name).plan, chip(name))
+    assert modelled == pytest.approx(cases.bundles(case, compiled), rel=0.12)
 
 
 @pytest.mark.parametrize("name", gather_reduce.SUPPORTED_CHIPS)
 def test_tokens_with_few_valid_rows_take_few_bundles(name):
-    found = cases.column_loops(report(name, ragged=True))
+    found = cases.column_loops(report(name, devices_sharing=16))
     assert found.few is not None and 4 < found.few <= 10
     assert found.clean <= 32 and found.masked <= 40
 
 
 @pytest.mark.parametrize(
-    ("case", "most"),
-    [("dense", 240_000), ("pre-weighted", 160_000), ("ragged 16", 110_000)],
+    ("changes", "most"),
+    [({}, 240_000), ({"weighted": False}, 160_000), ({"devices_sharing": 16}, 110_000)],
+    ids=str,
 )
-def test_bundles_of_a_whole_problem(case, most):
-    (case,) = (c for c in cases.CASES if c.name == f"deepseek-v3/{case}")
-    target, arguments = cases.aot_target(case)
-    found = cases.bundles(case, aot.static_report(target, "tpu7x", **arguments))
+def test_bundles_of_a_whole_problem(changes, most):
+    found = cases.bundles(case_of(**changes), report("tpu7x", **changes))
     assert most / 2 < found <= most
 
 
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({}, 1),
+        ({"devices_sharing": 16}, 1),
+        ({"rows": "bfloat16"}, 2),  # a row comes with its neighbour, whose words it shares
+        ({"rows": "packed float8_e4m3fn", "scaled": True}, 1),
+    ],
+    ids=str,
+)
+def test_streams_of_a_step_bring_each_row_and_write_each_sum_once(changes, share):
+    case, compiled = case_of(**changes), report("tpu7x", **changes)
+    problem, plan = cases.problem_in(case), cases.explain(case, "tpu7x").plan
+    chunks = work_of(problem, plan, chip("tpu7x").sparse).chunks
+    streams = cases.subcores(compiled).streams
+    rows = [x for x in streams if x.kind == "indirect_vreg"]
+    assert {x.direction for x in rows} == {"gather"}
+    itemsize = cases.shape_of(case).dtype.itemsize
+    # Of 16 rows, each of which is a lane's.
+    assert chunks * sum(x.row_size for x in rows) == share * 7168 * itemsize
+    sums = [x.size for x in streams if x.direction == "scatter"]
+    assert chunks * sum(sums) == problem.group * 7168 * 2
+
+
 def test_nothing_of_the_size_of_rows_is_moved_beside_the_kernel():
-    for options in ({}, {"ragged": True}, {"rows": "bfloat16"}):
-        found = report("tpu7x", **options)
+    narrow = {"rows": "packed float8_e4m3fn", "scaled": True}
+    for changes in ({}, {"devices_sharing": 16}, {"rows": "bfloat16"}, narrow):
+        found = report("tpu7x", **changes)
         assert found.temp_bytes < 4 * 2**20
         shapes = [op.shape for op in found.other_ops]
-        assert not [shape for shape in shapes if "7168" in shape or "3584" in shape], shapes
+        assert not [s for s in shapes if any(n in s for n in ("7168", "3584", "1792"))], shapes
         assert not [op for op in found.other_ops if op.opcode == "sort"]
 
 
 @pytest.mark.parametrize("tokens", [64, 100])
 def test_small_batches_are_spread_over_all_subcores(tokens):
-    problem = problem_of("test", *targets.one("tpu7x", tokens=tokens)[1], None, None, None)
-    plan = plan_for(problem, chip("tpu7x"), sparse_only=True).plan
+    case = case_of(tokens=tokens)
+    problem, plan = cases.problem_in(case), cases.explain(case, "tpu7x").plan
     work = work_of(problem, plan, chip("tpu7x").sparse)
     assert math.ceil(problem.num_groups / work.steps) * plan.parts >= 16
