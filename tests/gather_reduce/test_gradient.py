@@ -19,7 +19,7 @@ def gradients(function, x, weights, factor):
     def loss(x, weights):
         return jnp.sum(function(x, weights).astype(jnp.float32) ** 2 * factor)
 
-    return jax.grad(loss, argnums=(0, 1))(x, weights)
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, weights)
 
 
 SIMULATED = pytest.param("interpret", marks=pytest.mark.needs("SparseCore simulator"))
