@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from reference.gather_reduce import PackedRows, counts, unpack_columns
+from reference.gather_reduce import PackedRows, counts, take
 
 Run = Callable[..., jax.Array]
 Rows = jax.Array | PackedRows
@@ -39,15 +39,17 @@ def _forward(
 def _backward(run: Run, saved: Any, d_out: jax.Array) -> tuple[Any, Any, Any]:
     del run
     x, indices, factors = saved
-    rows = unpack_columns(x) if isinstance(x, PackedRows) else x
-    counted = counts(indices, factors, rows.shape[0])
+    num_rows = (x.words if isinstance(x, PackedRows) else x).shape[0]
+    counted = counts(indices, factors, num_rows)
     d_out = d_out.astype(jnp.float32)
     nothing = np.zeros(indices.shape, jax.dtypes.float0)
-    d_factors = None if factors is None else row_products(rows, indices, counted, d_out)
+    d_factors = None if factors is None else jnp.zeros_like(factors)
+    if factors is not None and num_rows:
+        d_factors = row_products(x, indices, counted, d_out)
     if isinstance(x, PackedRows):
         none = np.zeros(x.words.shape, jax.dtypes.float0)
         return PackedRows(none, x.hidden_size, x.dtype), nothing, d_factors  # type: ignore[arg-type]
-    return scatter_add(rows, indices, counted, factors, d_out), nothing, d_factors
+    return scatter_add(x, indices, counted, factors, d_out), nothing, d_factors
 
 
 def scatter_add(
@@ -66,17 +68,13 @@ def scatter_add(
     return d_x.astype(x.dtype)
 
 
-def row_products(
-    x: jax.Array, indices: jax.Array, counted: jax.Array, d_out: jax.Array
-) -> jax.Array:
+def row_products(x: Rows, indices: jax.Array, counted: jax.Array, d_out: jax.Array) -> jax.Array:
     """d_factors, float32."""
 
     def products(k: int) -> jax.Array:
-        row = x[jnp.where(counted[:, k], indices[:, k], 0)].astype(jnp.float32)
+        row = take(x, jnp.where(counted[:, k], indices[:, k], 0))
         return jnp.where(counted[:, k], jnp.sum(row * d_out, axis=-1), 0.0)
 
-    if not x.shape[0]:
-        return jnp.zeros(indices.shape, jnp.float32)
     return jnp.stack([products(k) for k in range(indices.shape[1])], axis=1)
 
 

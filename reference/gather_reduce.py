@@ -15,6 +15,7 @@ Source: the unpermute-and-combine step of mixture-of-experts layers, as in MegaB
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -52,22 +53,47 @@ class PackedRows:
 
 
 def pack_columns(x: jax.Array) -> PackedRows:
-    """Rows x [rows, hidden_size] of bfloat16 or float8_e4m3fn as words; see `PackedRows`."""
-    rows, hidden_size = x.shape
-    parts = WORD // jnp.dtype(x.dtype).itemsize
-    words = -(-hidden_size // (parts * LANES)) * LANES
-    padded = jnp.pad(x, ((0, 0), (0, parts * words - hidden_size)))
-    by_word = padded.reshape(rows, parts, words).swapaxes(1, 2)
-    return PackedRows(
-        lax.bitcast_convert_type(by_word, jnp.int32), hidden_size, jnp.dtype(x.dtype).name
-    )
+    """Rows x [rows, hidden_size] of bfloat16 or float8_e4m3fn as words; see `PackedRows`.
+
+    One pass over x. A producer that computes each of the `column_parts` by itself, up to
+    `pack_parts`, has the words without another one.
+    """
+    return pack_parts(column_parts(x, x.dtype), x.shape[1])
+
+
+def column_parts(x: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+    """The parts of x [rows, hidden_size], in any type, that share the words of rows of `dtype`."""
+    parts = WORD // jnp.dtype(dtype).itemsize
+    words = -(-x.shape[1] // (parts * LANES)) * LANES
+    if parts * words != x.shape[1]:
+        x = jnp.pad(x, ((0, 0), (0, parts * words - x.shape[1])))
+    return [x[:, n * words : (n + 1) * words] for n in range(parts)]
+
+
+def pack_parts(parts: Sequence[jax.Array], hidden_size: int) -> PackedRows:
+    """Rows of `hidden_size` columns from their `column_parts` [rows, words] in a narrow type."""
+    kind = jnp.dtype(parts[0].dtype)
+    bits = [lax.bitcast_convert_type(part, f"uint{8 * kind.itemsize}") for part in parts]
+    shifted = [b.astype(jnp.uint32) << (n * 8 * kind.itemsize) for n, b in enumerate(bits)]
+    words = functools.reduce(jnp.bitwise_or, shifted)
+    return PackedRows(lax.bitcast_convert_type(words, jnp.int32), hidden_size, kind.name)
 
 
 def unpack_columns(packed: PackedRows) -> jax.Array:
     """The rows [rows, hidden_size] that were packed."""
-    by_word = lax.bitcast_convert_type(packed.words, jnp.dtype(packed.dtype))
-    rows = packed.words.shape[0]
-    return by_word.swapaxes(1, 2).reshape(rows, -1)[:, : packed.hidden_size]
+    kind = jnp.dtype(packed.dtype)
+    words = lax.bitcast_convert_type(packed.words, jnp.uint32)
+    shifted = [words >> (n * 8 * kind.itemsize) for n in range(packed.parts)]
+    bits = [s.astype(f"uint{8 * kind.itemsize}") for s in shifted]
+    rows = jnp.concatenate([lax.bitcast_convert_type(b, kind) for b in bits], axis=1)
+    return rows[:, : packed.hidden_size]
+
+
+def take(x: jax.Array | PackedRows, indices: jax.Array) -> jax.Array:
+    """Some rows of x, float32."""
+    if not isinstance(x, PackedRows):
+        return x[indices].astype(jnp.float32)
+    return unpack_columns(dataclasses.replace(x, words=x.words[indices])).astype(jnp.float32)
 
 
 def tree_sum(terms: Sequence[jax.Array]) -> jax.Array:
@@ -119,21 +145,21 @@ def gather_reduce(
         multiplied with each other first.
       out_dtype: that of x by default, bfloat16 for packed rows.
     """
-    rows = unpack_columns(x) if isinstance(x, PackedRows) else x
     packed = isinstance(x, PackedRows)
-    kind = jnp.dtype(out_dtype or (jnp.bfloat16 if packed else rows.dtype))
+    rows, hidden_size = (x.words.shape[0], x.hidden_size) if packed else x.shape
+    kind = jnp.dtype(out_dtype or (jnp.bfloat16 if packed else x.dtype))
     tokens, top_k = indices.shape
-    if not tokens or not rows.shape[0] or not top_k:
-        return jnp.zeros((tokens, rows.shape[1]), kind)
+    if not tokens or not rows or not top_k:
+        return jnp.zeros((tokens, hidden_size), kind)
     if valid is not None:
         indices = jnp.where(valid, indices, -1)
     factors = factors_of(indices, weights, row_scales)
-    counted = counts(indices, factors, rows.shape[0])
+    counted = counts(indices, factors, rows)
 
     def term(k: int) -> jax.Array:
         """Selected before it is multiplied, so that gradients are clean as well."""
         counts_here = counted[:, k, None]
-        row = rows[jnp.where(counted[:, k], indices[:, k], 0)].astype(jnp.float32)
+        row = take(x, jnp.where(counted[:, k], indices[:, k], 0))
         row = jnp.where(counts_here, row, 0.0)
         return row if factors is None else row * jnp.where(counts_here, factors[:, k, None], 0.0)
 

@@ -80,6 +80,32 @@ def many(chip):
     return jax.vmap(local), tuple(Spec((3, *x.shape), x.dtype) for x in args)
 
 
+def few_on_xla(chip):
+    """8 rows of 16,384 packed ones, by what XLA makes of the specification, with its gradient."""
+    x = PackedRows(Spec((16384, 3584), jnp.int32), 7168, "bfloat16")
+
+    def loss(weights, x, indices):
+        options = {"implementation": "reference", "out_dtype": jnp.float32}
+        return jnp.sum(gather_reduce.dense_gather_reduce(x, indices, weights, **options) ** 2)
+
+    return jax.value_and_grad(loss), (Spec((1, 8), jnp.float32), x, Spec((1, 8), jnp.int32))
+
+
+def packing(chip, form):
+    """What it takes to pack 2,048 x 8 rows of 7,168, or to compute them packed."""
+    rows, hidden = 2048 * 8, 7168
+    kind = jnp.float8_e4m3fn if form == "float8" else BF16
+
+    def producer(y, scales):
+        parts = gather_reduce.column_parts(y, BF16)
+        parts = [(part * scales[:, None]).astype(BF16) for part in parts]
+        return gather_reduce.pack_parts(parts, hidden)
+
+    if form == "producer":
+        return producer, (Spec((rows, hidden), jnp.float32), Spec((rows,), jnp.float32))
+    return gather_reduce.pack_columns, (Spec((rows, hidden), kind),)
+
+
 def layer(chip, tokens=512):
     """A mixture-of-experts layer in its grouped form, which sums up with what is tested here."""
     hidden, inter, experts, top_k = 1024, 512, 8, 6

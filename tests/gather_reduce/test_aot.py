@@ -35,6 +35,13 @@ def test_compiles_inside_shard_map_and_vmap(target, tmp_path):
     assert len(found["sparse_kernels"]) == 1
 
 
+@pytest.mark.parametrize("form", ["bfloat16", "float8", "producer"])
+def test_packing_is_one_pass(form, tmp_path):
+    found = aot.compile_and_dump(f"{TARGETS}:packing", "tpu7x", tmp_path, form=form)
+    assert [op["opcode"] for op in found["other_ops"]] == ["fusion"]
+    assert found["temp_bytes"] < 2**20
+
+
 @pytest.mark.parametrize(("name", "count"), [("tpu7x", 1), ("v5e", 0)])
 def test_the_grouped_layer_sums_on_the_sparsecores_that_there_are(name, count, tmp_path):
     found = aot.compile_and_dump(f"{TARGETS}:layer", name, tmp_path)
@@ -130,6 +137,11 @@ def test_nothing_of_the_size_of_rows_is_moved_beside_the_kernel():
         shapes = [op.shape for op in found.other_ops]
         assert not [s for s in shapes if any(n in s for n in ("7168", "3584", "1792"))], shapes
         assert not [op for op in found.other_ops if op.opcode == "sort"]
+
+
+def test_few_rows_on_the_tensorcore_are_unpacked_alone(tmp_path):
+    found = aot.compile_and_dump(f"{TARGETS}:few_on_xla", "tpu7x", tmp_path)
+    assert not found["sparse_kernels"] and found["temp_bytes"] < 2**20
 
 
 @pytest.mark.parametrize("tokens", [64, 100])

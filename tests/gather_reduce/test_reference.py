@@ -56,6 +56,15 @@ def test_packing_is_undone(dtype, hidden_size):
     np.testing.assert_array_equal(np.asarray(reference.unpack_columns(packed)), np.asarray(x))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_a_producer_packs_part_by_part(dtype):
+    y = jax.random.normal(jax.random.key(0), (5, 300))
+    parts = [part.astype(dtype) for part in reference.column_parts(y, dtype)]
+    packed, right = reference.pack_parts(parts, 300), reference.pack_columns(y.astype(dtype))
+    assert (packed.hidden_size, packed.dtype) == (right.hidden_size, right.dtype)
+    np.testing.assert_array_equal(packed.words, right.words)
+
+
 def test_the_layout_of_words():
     """Word c of bfloat16 rows: column c below, column c + half above."""
     x = np.arange(2 * 512).reshape(2, 512).astype(jnp.bfloat16)
