@@ -106,10 +106,12 @@ def packing(chip, form):
     return gather_reduce.pack_columns, (Spec((rows, hidden), kind),)
 
 
-def layer(chip, tokens=512):
+def layer(chip, tokens=512, weights="bfloat16"):
     """A mixture-of-experts layer in its grouped form, which sums up with what is tested here."""
     hidden, inter, experts, top_k = 1024, 512, 8, 6
     into, back = Spec((experts, hidden, inter), BF16), Spec((experts, inter, hidden), BF16)
-    weights = fused_moe.Weights(into, into, back)
+    given = fused_moe.Weights(into, into, back)
+    if weights != "bfloat16":
+        given = jax.eval_shape(lambda w: fused_moe.quantise(w, weights), given)
     routing = Spec((tokens, top_k), jnp.int32), Spec((tokens, top_k), jnp.float32)
-    return fused_moe.grouped_moe, (Spec((tokens, hidden), BF16), weights, *routing)
+    return fused_moe.grouped_moe, (Spec((tokens, hidden), BF16), given, *routing)

@@ -42,11 +42,26 @@ def test_packing_is_one_pass(form, tmp_path):
     assert found["temp_bytes"] < 2**20
 
 
-@pytest.mark.parametrize(("name", "count"), [("tpu7x", 1), ("v5e", 0)])
-def test_the_grouped_layer_sums_on_the_sparsecores_that_there_are(name, count, tmp_path):
-    found = aot.compile_and_dump(f"{TARGETS}:layer", name, tmp_path)
-    kernels = [k for k in found["sparse_kernels"] if k.startswith("gather_reduce")]
-    assert len(kernels) == count
+def rows_moved(target, chip, directory, **options):
+    """Kernels of this library in a layer, and shapes of what XLA computes of 3,072 rows of 1,024."""
+    found = aot.compile_and_dump(target, chip, directory, tokens=512, **options)
+    ours = [k for k in found["sparse_kernels"] if k.startswith("gather_reduce")]
+    passes = [op for op in found["other_ops"] if op["opcode"] in ("fusion", "multiply")]
+    shapes = [op["shape"].split("{")[0] for op in passes]
+    return len(ours), [s for s in shapes if s.endswith(("[3072,1024]", "s32[3072,512]"))]
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_the_grouped_layer_packs_rows_where_they_are_scaled_anyhow(weights, tmp_path):
+    """One pass from products to packed rows; where there is nothing to scale there is none."""
+    count, shapes = rows_moved(f"{TARGETS}:layer", "tpu7x", tmp_path, weights=weights)
+    tokens = ["bf16[3072,1024]"]
+    assert count == 1
+    assert shapes == (tokens if weights == "bfloat16" else [*tokens, "s32[3072,512]"])
+
+
+def test_the_grouped_layer_is_for_chips_without_sparsecores_too(tmp_path):
+    assert rows_moved(f"{TARGETS}:layer", "v5e", tmp_path)[0] == 0
 
 
 def case_of(**changes):
