@@ -43,7 +43,7 @@ def test_packing_is_one_pass(form, tmp_path):
 
 
 def rows_moved(target, chip, directory, **options):
-    """Kernels of this library in a layer, and shapes of what XLA computes of 3,072 rows of 1,024."""
+    """Kernels of this library in a layer, and what XLA computes of 3,072 rows of 1,024."""
     found = aot.compile_and_dump(target, chip, directory, tokens=512, **options)
     ours = [k for k in found["sparse_kernels"] if k.startswith("gather_reduce")]
     passes = [op for op in found["other_ops"] if op["opcode"] in ("fusion", "multiply")]

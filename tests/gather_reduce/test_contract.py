@@ -110,7 +110,7 @@ def test_without_fences_auto_is_the_reference(fences, runs, monkeypatch):
     assert api.choose("test", "pallas", problem, None)[0] == "pallas"
 
 
-def test_the_sparsecore_is_refused_where_there_is_none():
+def test_the_sparsecore_is_refused_where_there_is_none(monkeypatch):
     with pytest.raises(UnsupportedError, match="cannot run on cpu: the kernel runs on the Sparse"):
         call(implementation="pallas")
     x, indices = Spec((64, 128), jnp.bfloat16), Spec((8, 2), jnp.int32)
@@ -121,18 +121,30 @@ def test_the_sparsecore_is_refused_where_there_is_none():
     for name in gather_reduce.SUPPORTED_CHIPS:
         assert gather_reduce.supports(x, indices, chip=name)
         assert chip(name).sparse is not None
+    monkeypatch.setattr(api, "current_chip", lambda: chip("v5e"))
+    with pytest.raises(UnsupportedError, match="cannot run on v5e: the kernel runs on the Sparse"):
+        call(implementation="pallas")
+    with pytest.raises(UnsupportedError, match="cannot run on v5e: it has no SparseCore"):
+        call(plan=Plan("sparsecore"))
+    assert (call() == 2).all()
 
 
+@pytest.mark.parametrize("rows", ["float32", "bfloat16", "packed bfloat16"])
 @pytest.mark.parametrize("name", gather_reduce.SUPPORTED_CHIPS)
-def test_the_cost_model_decides(name):
+def test_the_cost_model_decides(name, rows, monkeypatch):
+    """By sizes, whatever they are divisible by."""
+    monkeypatch.setattr(api, "current_chip", lambda: chip(name))
+
     def engine(tokens, top_k):
-        x = PackedRows(Spec((16384, 3584), jnp.int32), 7168, "bfloat16")
-        found = gather_reduce.explain(x, Spec((tokens, top_k), jnp.int32), chip=name)
+        shape = Shape(tokens, top_k, 16384, 7168, rows, weighted=False)
+        found = plan.plan_for(oracle.problem(shape), chip(name))
         assert found.why.startswith("predicted") and str(found.plan.engine) in str(found)
+        chosen = {"xla": "reference", "sparsecore": "pallas"}[found.plan.engine]
+        assert api.choose("test", "auto", oracle.problem(shape), None)[0] == chosen
         return found.plan.engine
 
     assert engine(1, 8) == "xla"
-    for tokens, top_k in ((512, 8), (1000, 6), (2047, 10), (2048, 8)):
+    for tokens, top_k in ((512, 8), (513, 5), (1000, 6), (2047, 10), (2048, 8)):
         assert engine(tokens, top_k) == "sparsecore"
 
 
