@@ -79,6 +79,15 @@ def test_wrong_arguments(function, changes, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_result_has_the_type_of_rows_unless_told(dtype):
+    x = jnp.ones((8, 128), dtype)
+    assert call(x=x).dtype == ragged(x=x).dtype == dtype
+    assert call(x=gather_reduce.pack_columns(x.astype(jnp.bfloat16))).dtype == jnp.bfloat16
+    for out in (jnp.float32, jnp.bfloat16):
+        assert call(x=x, out_dtype=out).dtype == ragged(x=x, out_dtype=out).dtype == out
+
+
 def test_values_are_checked_on_request():
     bad = jnp.array([[0, 1], [-1, 0], [8, 0], [9, 0]], jnp.int32)
     call(indices=bad)

@@ -188,6 +188,15 @@ def test_bytes_are_those_of_valid_rows_and_of_one_write(share):
     assert kernel.total("hbm_written") == 64 * 256 * 2
 
 
+def test_weights_of_bfloat16_are_what_they_are_in_float32():
+    shape = Shape(tokens=6, top_k=3, format="float32", out="float32")
+    data = draw(shape)
+    data.weights = data.weights.astype(oracle.BF16)
+    out, _ = oracle.simulate(shape, data)
+    data.weights = data.weights.astype(np.float32)
+    np.testing.assert_array_equal(out, oracle.exact(data, "float32"))
+
+
 def test_row_scales_multiply_weights():
     shape = Shape(tokens=9, top_k=3, rows=40, hidden_size=512, format="packed float8_e4m3fn")
     data = draw(shape, holes=0.2)
