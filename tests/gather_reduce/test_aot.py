@@ -87,6 +87,7 @@ def report(name, **changes):
         ("tpu7x", {"rows": "bfloat16"}, 21, 28),
         ("tpu7x", {"rows": "packed float8_e4m3fn", "scaled": True}, 43, 49),
         ("v6e", {}, 32, 38),
+        ("v6e", {"rows": "bfloat16"}, 21, 28),
         ("v5p", {}, 32, 38),
     ],
     ids=lambda v: str(v),
