@@ -112,11 +112,8 @@ def local_layer(
     product = experts_of(tokens[order // top_k], weights, ids[order], counts, *options)
     places = jnp.zeros_like(ids).at[order].set(jnp.arange(ids.size, dtype=ids.dtype))
     places = places.reshape(num_tokens, top_k)
-    packs = tokens.dtype == jnp.bfloat16 and product.y.shape[1] % 256 == 0
-    if packs and not product.finished:
-        out = packed_sums(product, expert_weights, places, known, order)
-    else:
-        out = sums(product, expert_weights, places, known)
+    slots = (expert_weights, places, known)
+    out = cheapest_sums(product, *slots, order, exact=tokens.dtype != jnp.bfloat16)
     if weights.shared is not None:
         out += shared_expert(tokens, weights.shared, *options)
     return out
@@ -132,6 +129,13 @@ def sums(
       expert_weights, places, known: [T, top_k] weight, row and validity of each slot.
     """
     return ragged_gather_reduce(product.columns(), places, expert_weights, known)
+
+
+def cheapest_sums(product: Product, *slots: jax.Array, exact: bool) -> jax.Array:
+    """`packed_sums` where they save bytes and need not be exact, else `sums`; slots as there."""
+    if exact or product.finished or product.y.shape[1] % 256:
+        return sums(product, *slots[:3])
+    return packed_sums(product, *slots)
 
 
 @jax.custom_vjp

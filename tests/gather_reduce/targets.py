@@ -1,11 +1,14 @@
 """Programs for `tpukit.aot`, which compiles them in processes of their own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import fused_moe
 import gather_reduce
+from fused_moe import grouped
 from gather_reduce import PackedRows
 from tests.gather_reduce.oracle import FORMATS
 
@@ -63,21 +66,35 @@ def one(chip, rows="packed bfloat16", tokens=2048, top_k=8, hidden_size=7168, **
 
 
 def on_devices(chip):
-    """A call per device of a mesh, inside `jax.shard_map` with its checks."""
+    """Three calls as one by `jax.vmap`, per device of a mesh in `jax.shard_map` with its checks."""
     local, args = call("bfloat16", 256, 8, 512, 512, out="bfloat16", weighted=True)
-    rows = PartitionSpec("device")
+    args = tuple(Spec((3, *x.shape), x.dtype) for x in args)
+    rows = PartitionSpec(None, "device")
 
     def fn(*args):
         mesh = jax.sharding.get_abstract_mesh()
-        return jax.shard_map(local, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows)(*args)
+        many = jax.vmap(local)
+        return jax.shard_map(many, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows)(*args)
 
     return fn, args, {"mesh_axes": {"device": 4}, "in_specs": [rows] * 3}
 
 
-def many(chip):
-    """Three calls, batched by `jax.vmap`."""
-    local, args = call("bfloat16", 64, 8, 512, 512, out="bfloat16", weighted=True)
-    return jax.vmap(local), tuple(Spec((3, *x.shape), x.dtype) for x in args)
+def anywhere(chip):
+    """A call that says nothing of where to run."""
+    x, indices = Spec((4096, 1024), BF16), Spec((512, 8), jnp.int32)
+    return gather_reduce.dense_gather_reduce, (x, indices)
+
+
+def layer_sums(chip, scaled):
+    """The end of `layer`, whose rows have scales or not."""
+    rows, hidden = 3072, 1024
+    experts, scale = Spec((rows,), jnp.int32), Spec((8, hidden), jnp.float32)
+    y = Spec((rows, hidden), jnp.float32)
+    product = grouped.Product(y, experts, None, scale if scaled else None, None)
+    size = (512, 6)
+    slots = Spec(size, jnp.float32), Spec(size, jnp.int32), Spec(size, jnp.bool_)
+    run = functools.partial(grouped.cheapest_sums, exact=False)
+    return run, (product, *slots, experts)
 
 
 def few_on_xla(chip):
@@ -91,27 +108,24 @@ def few_on_xla(chip):
     return jax.value_and_grad(loss), (Spec((1, 8), jnp.float32), x, Spec((1, 8), jnp.int32))
 
 
-def packing(chip, form):
-    """What it takes to pack 2,048 x 8 rows of 7,168, or to compute them packed."""
+def packing(chip):
+    """Packing rows of 7,168 in two types, and computing them packed."""
     rows, hidden = 2048 * 8, 7168
-    kind = jnp.float8_e4m3fn if form == "float8" else BF16
 
-    def producer(y, scales):
+    def fn(wide, narrow, y, scales):
         parts = gather_reduce.column_parts(y, BF16)
         parts = [(part * scales[:, None]).astype(BF16) for part in parts]
-        return gather_reduce.pack_parts(parts, hidden)
+        computed = gather_reduce.pack_parts(parts, hidden)
+        return *map(gather_reduce.pack_columns, (wide, narrow)), computed
 
-    if form == "producer":
-        return producer, (Spec((rows, hidden), jnp.float32), Spec((rows,), jnp.float32))
-    return gather_reduce.pack_columns, (Spec((rows, hidden), kind),)
+    kinds = (BF16, jnp.float8_e4m3fn, jnp.float32)
+    return fn, (*(Spec((rows, hidden), kind) for kind in kinds), Spec((rows,), jnp.float32))
 
 
-def layer(chip, tokens=512, weights="bfloat16"):
+def layer(chip):
     """A mixture-of-experts layer in its grouped form, which sums up with what is tested here."""
-    hidden, inter, experts, top_k = 1024, 512, 8, 6
+    tokens, hidden, inter, experts, top_k = 512, 1024, 512, 8, 6
     into, back = Spec((experts, hidden, inter), BF16), Spec((experts, inter, hidden), BF16)
-    given = fused_moe.Weights(into, into, back)
-    if weights != "bfloat16":
-        given = jax.eval_shape(lambda w: fused_moe.quantise(w, weights), given)
+    weights = fused_moe.Weights(into, into, back)
     routing = Spec((tokens, top_k), jnp.int32), Spec((tokens, top_k), jnp.float32)
-    return fused_moe.grouped_moe, (Spec((tokens, hidden), BF16), given, *routing)
+    return fused_moe.grouped_moe, (Spec((tokens, hidden), BF16), weights, *routing)
