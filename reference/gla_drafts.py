@@ -12,6 +12,7 @@ and values, instead of one for every draft, as in KVBuffer (arXiv 2605.19049).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,7 +98,9 @@ def gla(
         pool = pool.at[kept].set(before, mode="drop")
         if drafts.ancestors is not None:
             trees, words = tree_requests(drafts, reqs), drafts.ancestors
-            o = along_paths(o, inputs, state_pool, reqs, trees, words, decay, run, options)
+            paths = functools.partial(along_paths, run=run, options=options)
+            given = o, inputs, state_pool, reqs, trees, words, decay
+            o = lax.cond(jnp.any(trees), paths, lambda o, *_: o, *given)
     if snapshots is not None:
 
         def state_after(snapshot: tuple[jax.Array, jax.Array]) -> jax.Array:

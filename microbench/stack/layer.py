@@ -16,7 +16,6 @@ Sources: the modelling code of BailingMoeV2_5; DeepSeek-V2 (arXiv 2405.04434) fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -48,6 +47,8 @@ class Config:
       data, tensor: devices along each axis of the mesh.
       attention: implementation of the attention kernels.
       moe: of the experts.
+      rows: what experts round rows to; None leaves them as they come, of any type, for the grouped
+        experts.
     """
 
     hidden: int
@@ -72,6 +73,7 @@ class Config:
     tensor: int = 1
     attention: Literal["pallas", "interpret", "reference"] = "pallas"
     moe: Literal["pallas", "interpret", "grouped"] = "pallas"
+    rows: Any = FLOAT8
 
 
 class Linear(NamedTuple):
@@ -122,6 +124,10 @@ class Layer(NamedTuple):
     shared: Any  # of the expert that all tokens see
 
 
+# Keys, normed and turned, and values [T, h, dim] of linear attention, if there are drafts.
+Drafted = tuple[jax.Array, jax.Array] | None
+
+
 class Batch(NamedTuple):
     """A step's requests, those of this data rank; T tokens, N requests."""
 
@@ -147,7 +153,9 @@ def absorbed(k_up: jax.Array, rope: int) -> jax.Array:
     return jnp.concatenate([above, below], axis=1)
 
 
-def layer(config: Config, x: Any, weights: Layer, store: Any, batch: Batch) -> tuple[Any, Any]:
+def layer(
+    config: Config, x: Any, weights: Layer, store: Any, batch: Batch
+) -> tuple[jax.Array, Any, Drafted]:
     """A layer on a device.
 
     Args:
@@ -158,20 +166,22 @@ def layer(config: Config, x: Any, weights: Layer, store: Any, batch: Batch) -> t
       batch: of the data rank.
 
     Returns:
-      The rows behind the layer, and the store.
+      The rows behind the layer, the store, and what `gla.commit` takes of drafts.
     """
     attend: Any = mla if isinstance(weights.attention, Mla) else lightning
     with jax.named_scope("norm"):
         y = rms_norm(x, weights.first_norm)
     y = lax.all_gather(y, TENSOR, axis=0, tiled=True)
-    y, store = attend(config, y, weights.attention, store, batch)
+    y, store, drafted = attend(config, y, weights.attention, store, batch)
     x += lax.psum_scatter(y, TENSOR, scatter_dimension=0, tiled=True)
     with jax.named_scope("norm"):
         y = rms_norm(x, weights.second_norm)
-    return x + experts(config, y, weights, batch), store
+    return x + experts(config, y, weights, batch), store, drafted
 
 
-def mla(config: Config, x: jax.Array, w: Mla, cache: Any, batch: Batch) -> tuple[jax.Array, Any]:
+def mla(
+    config: Config, x: jax.Array, w: Mla, cache: Any, batch: Batch
+) -> tuple[jax.Array, Any, Drafted]:
     """Latent attention with absorbed projections; this device's part of the sum."""
     tokens, heads = len(x), config.heads // config.tensor
     cos, sin = rotation(batch.positions, config.rope)
@@ -197,15 +207,18 @@ def mla(config: Config, x: jax.Array, w: Mla, cache: Any, batch: Batch) -> tuple
     )
     with jax.named_scope("project"):
         o = jnp.einsum("thr,hrd->thd", o, w.v_up)
-        return project(o.reshape(tokens, -1), w.out), cache
+        return project(o.reshape(tokens, -1), w.out), cache, None
 
 
 def lightning(
     config: Config, x: jax.Array, w: Lightning, states: Any, batch: Batch
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any, Drafted]:
     """Linear attention; this device's part of the sum."""
-    q, k, v, gate = heads_of(config, x, (w.q, w.k, w.v, w.gate))
+    shape = len(x), config.heads // config.tensor, config.dim
+    with jax.named_scope("project"):
+        q, k, v, gate = (project(x, m).reshape(shape) for m in (w.q, w.k, w.v, w.gate))
     cos, sin = rotation(batch.positions, config.rotary)
+    prologue = gla.NormRope(w.q_norm, w.k_norm, cos, sin)
     o, states = gla.gla(
         q,
         k,
@@ -217,28 +230,13 @@ def lightning(
         decay=gla.HeadDecay(w.decay),
         drafts=batch.drafts,
         snapshots=batch.snapshots,
-        prologue=gla.NormRope(w.q_norm, w.k_norm, cos, sin),
+        prologue=prologue,
         epilogue=gla.NormGate(w.o_norm, gate, config.heads // config.norm_groups),
         implementation=config.attention,
     )
+    drafted = None if batch.drafts is None else (gla.norm_rope(q, k, prologue)[1], v)
     with jax.named_scope("project"):
-        return project(o.reshape(len(x), -1), w.out), states
-
-
-def heads_of(config: Config, x: jax.Array, matrices: Sequence[Linear]) -> list[jax.Array]:
-    """Products of x with matrices, by this device's heads of linear attention."""
-    with jax.named_scope("project"):
-        shape = len(x), config.heads // config.tensor, config.dim
-        return [project(x, m).reshape(shape) for m in matrices]
-
-
-def drafted(
-    config: Config, x: jax.Array, w: Lightning, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
-    """Keys, normed and turned, and values of the rows: what `gla.commit` takes of drafts."""
-    k, v = heads_of(config, x, (w.k, w.v))
-    cos, sin = rotation(batch.positions, config.rotary)
-    return gla.norm_rope(k, k, gla.NormRope(w.k_norm, w.k_norm, cos, sin))[1], v
+        return project(o.reshape(len(x), -1), w.out), states, drafted
 
 
 def experts(config: Config, x: jax.Array, weights: Layer, batch: Batch) -> jax.Array:
@@ -256,17 +254,24 @@ def experts(config: Config, x: jax.Array, weights: Layer, batch: Batch) -> jax.A
         )
         if batch.forced is not None:
             ids = lax.cond(batch.forced, lambda: batch.expert_ids, lambda: ids)
+    held = dataclasses.replace(weights.experts, shared=weights.shared)
+    routed = held, ids, expert_weights
     with jax.named_scope("moe"):
+        if config.rows is None:
+            return fused_moe.grouped_moe(x, *routed, axis_name=DEVICES)
         found = fused_moe.fused_moe(
-            x.astype(jnp.bfloat16),
-            dataclasses.replace(weights.experts, shared=weights.shared),
-            ids,
-            expert_weights,
+            rounded(x).astype(jnp.bfloat16),
+            *routed,
             axis_name=DEVICES,
-            activation_dtype=FLOAT8,
+            activation_dtype=config.rows,
             implementation=config.moe,
         )
-        return found.astype(x.dtype)
+        return rounded(found.astype(x.dtype))
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """X with values of bfloat16; XLA leaves out a mere change of type that the next one undoes."""
+    return x if x.dtype == jnp.bfloat16 else lax.reduce_precision(x, 8, 7)
 
 
 def project(x: jax.Array, matrix: Linear) -> jax.Array:

@@ -219,7 +219,7 @@ def whole_step(
     def device(x: Any, found: Any, stores: Any, requests: Batch) -> tuple[Any, Any]:
         kept = []
         for w, held in zip(found, stores, strict=True):
-            x, held = layer(config, x, w, held, requests)
+            x, held, _ = layer(config, x, w, held, requests)
             kept.append(held)
         return x, tuple(kept)
 

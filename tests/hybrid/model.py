@@ -1,42 +1,39 @@
-"""A small Ling-style model: one layer of latent attention to several of linear attention.
+"""A small Ling-style model: latent attention in one layer of several, linear in the others.
 
 The layers are those of `microbench.stack.layer`, which are compiled at their real sizes elsewhere;
-here are the embedding, the step of all layers, and what a server needs besides: the keys and values
-of drafts, to advance states by those that are accepted.
+here are the embedding, the step of all layers, and what a server needs besides: to advance states
+by the drafts that are accepted.
 
-All matrices have float8 values. Only the experts round rows to float8, and the others are float32:
-rounding again and again makes as much noise of any last bit as float8 has, and hides faults in it.
+All matrices have float8 values, rows are float32: rounding them again and again makes as much noise
+of any last bit as float8 has, which other choices of experts then multiply, and hides faults in it.
+Of a model with `rows` the experts round theirs.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 import gla
 import ragged_attention
 from microbench.stack import steps
-from microbench.stack.layer import (
-    DEVICES,
-    TENSOR,
-    Batch,
-    Config,
-    Linear,
-    Mla,
-    drafted,
-    experts,
-    lightning,
-    mla,
-    rms_norm,
-)
+from microbench.stack.layer import DEVICES, TENSOR, Batch, Config, layer, rms_norm
 from tests.stack import small
 
 VOCABULARY = 64
-HEADS = jax.P(None, TENSOR)
+MODEL = {
+    "heads": 8,
+    "norm_groups": 8,
+    "experts": 32,
+    "top_k": 8,
+    "groups": 8,
+    "top_groups": 4,
+}
+KEPT = {"mla": jax.P(), "lightning": jax.P(None, TENSOR)}  # how the stores are split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +43,8 @@ class Model:
     Attributes:
       config: sizes.
       kinds: of its layers.
-      weights: of its layers.
+      weights: of its layers, on one device.
+      shards: the same, on all.
       embedding: [VOCABULARY, hidden] f32.
       head: [hidden, VOCABULARY] f32.
     """
@@ -54,96 +52,89 @@ class Model:
     config: Config
     kinds: tuple[str, ...]
     weights: tuple
+    shards: tuple
     embedding: jax.Array
     head: jax.Array
 
-    @property
-    def mesh(self):
-        """Its devices."""
-        count = self.config.tensor
-        return Mesh(np.array(jax.devices()[:count]).reshape(1, count), DEVICES)
 
+def make(kinds, tensor=1, rows=None):
+    """A model with drawn weights, its experts small where they need not fit the kernel."""
+    sizes = {"hidden": 256, "inter": 64} if rows is None else {}
+    config = small.config(1, tensor, rows=rows, **MODEL, **sizes)
+    shapes = [steps.weights(config, kind) for kind in kinds]
+    specs, splits = (tuple(pair[n] for pair in shapes) for n in (0, 1))
 
-def bfloat16(x):
-    """Rounds x; a mere change of type is left out where XLA sees that it is changed back."""
-    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    def drawn(name, value, _):
+        return jnp.asarray(value, jnp.float32 if ".attention" in name else value.dtype)
 
+    def spread(split):
+        return NamedSharding(mesh_of(config), split)
 
-def wide(x):
-    """A matrix of attention as float32."""
-    return x._replace(weight=x.weight.astype(jnp.float32)) if isinstance(x, Linear) else x
-
-
-def make(kinds, tensor=1):
-    """A model with drawn weights."""
-    config = small.config(1, tensor, heads=8, norm_groups=8)
     rng = np.random.default_rng(0)
-    specs = tuple(steps.weights(config, kind)[0] for kind in kinds)
-    held = small.place(specs, jax.P(), ".weights", lambda _, value, __: jnp.asarray(value), rng)
-    held = jax.tree.map(wide, held, is_leaf=lambda x: isinstance(x, Linear))
+    held = small.place(specs, jax.P(), ".weights", drawn, rng)
+    shards = jax.device_put(held, jax.tree.map(spread, splits, is_leaf=small.is_split))
     embedding, head = rng.standard_normal((2, VOCABULARY, config.hidden), np.float32)
-    return Model(config, tuple(kinds), held, jnp.asarray(embedding), jnp.asarray(head.T))
+    return Model(config, tuple(kinds), held, shards, jnp.asarray(embedding), jnp.asarray(head.T))
+
+
+def mesh_of(config):
+    """Its devices."""
+    return Mesh(np.array(jax.devices()[: config.tensor]).reshape(1, -1), DEVICES)
 
 
 def stores_of(model, pages, slots):
     """A cache of latents, or states, for each layer."""
-    c = model.config
+    c, mesh = model.config, mesh_of(model.config)
 
-    def store(kind):
+    def store(kind) -> Any:  # of either type
         if kind == "mla":
             sizes = c.page_size, c.kv_rank, c.rope
-            return ragged_attention.allocate_mla_cache(pages, *sizes, jnp.float32)
-        return jnp.zeros((slots, c.heads, c.dim, c.dim), jnp.float32)
+            made = ragged_attention.allocate_mla_cache(pages, *sizes, jnp.float32)
+        else:
+            made = jnp.zeros((slots, c.heads, c.dim, c.dim), jnp.float32)
+        return jax.device_put(made, NamedSharding(mesh, KEPT[kind]))
 
     return tuple(map(store, model.kinds))
 
 
-def one_layer(config, x, weights, store, batch):
-    """As `layer.layer`, and the keys and values of linear attention."""
-    y = lax.all_gather(rms_norm(x, weights.first_norm), TENSOR, axis=0, tiled=True)
-    if isinstance(weights.attention, Mla):
-        kept = None
-        y, store = mla(config, y, weights.attention, store, batch)
-    else:
-        kept = drafted(config, y, weights.attention, batch)
-        y, store = lightning(config, y, weights.attention, store, batch)
-    x += lax.psum_scatter(y, TENSOR, scatter_dimension=0, tiled=True)
-    y = bfloat16(rms_norm(x, weights.second_norm))
-    return x + bfloat16(experts(config, y, weights, batch)), store, kept
-
-
 @functools.cache
-def program(config, kinds):
-    """The jitted step of all layers."""
-    split = tuple(steps.weights(config, kind)[1] for kind in kinds)
-    kept = tuple(jax.P() if kind == "mla" else HEADS for kind in kinds)
+def program(config, kind):
+    """The jitted step of a layer: one program for all of a kind."""
+    split, rows, kept = steps.weights(config, kind)[1], jax.P(DEVICES), KEPT[kind]
 
-    def device(x, weights, stores, batch):
-        found, drafts = [], []
-        for held, store in zip(weights, stores, strict=True):
-            x, store, made = one_layer(config, x, held, store, batch)
-            found.append(store)
-            drafts.append(made)
-        return x, tuple(found), tuple(drafts)
-
-    @functools.partial(jax.jit, donate_argnums=4)
-    def run(embedding, head, weights, tokens, stores, batch):
-        x, stores, drafts = jax.shard_map(
-            device,
-            in_specs=(jax.P(DEVICES), split, kept, jax.P()),
-            out_specs=(jax.P(DEVICES), kept, kept),
+    @functools.partial(jax.jit, donate_argnums=(0, 2))
+    def run(x, weights, store, batch):
+        return jax.shard_map(
+            functools.partial(layer, config),
+            mesh=mesh_of(config),
+            in_specs=(rows, split, kept, jax.P()),
+            out_specs=(rows, kept, kept),
             check_vma=False,
-        )(embedding[tokens], weights, stores, batch)
-        return rms_norm(x, 1.0) @ head, stores, drafts
+        )(x, weights, store, batch)
 
     return run
 
 
+@jax.jit
+def unembed(head, x):
+    """Logits of rows."""
+    return rms_norm(x, jnp.float32(1)) @ head
+
+
+def one_layer(model, number, x, store, batch):
+    """Rows behind a layer, its store, and keys and values of drafts in linear attention."""
+    return program(model.config, model.kinds[number])(x, model.shards[number], store, batch)
+
+
 def step(model, tokens, stores, batch):
-    """Logits [T, VOCABULARY] of a batch, the stores, and the keys and values of each layer."""
-    with jax.set_mesh(model.mesh):
-        run = program(model.config, model.kinds)
-        return run(model.embedding, model.head, model.weights, tokens, stores, batch)
+    """Logits [T, VOCABULARY] of a batch, the stores, and what each layer keeps of drafts."""
+    rows, found, drafts = NamedSharding(mesh_of(model.config), jax.P(DEVICES)), [], []
+    x = jax.device_put(model.embedding[tokens], rows)
+    for number, store in enumerate(stores):
+        x, store, made = one_layer(model, number, x, store, batch)
+        found.append(store)
+        drafts.append(made)
+    return unembed(model.head, x), tuple(found), tuple(drafts)
 
 
 @functools.partial(jax.jit, static_argnames="implementation", donate_argnums=3)

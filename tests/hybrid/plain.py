@@ -1,32 +1,32 @@
 """The model as one would write it first: a whole sequence at once, no pages, slots or batches."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import fused_moe
-from microbench.stack.layer import FLOAT8, Mla, project, rms_norm, rotate, rotation
+from microbench.stack.layer import Mla, project, rms_norm, rotate, rotation, rounded
 from reference import fused_moe as reference
-from tests.hybrid.model import bfloat16
+from tests.hybrid.model import unembed
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config, embedding, head, weights, tokens):
-    """Logits [n, VOCABULARY] of a sequence [n]."""
-    x = embedding[tokens]
-    for layer in weights:
-        attend = latent if isinstance(layer.attention, Mla) else linear
-        x += attend(config, rms_norm(x, layer.first_norm), layer.attention)
-        x += bfloat16(mixture(config, bfloat16(rms_norm(x, layer.second_norm)), layer))
-    return rms_norm(x, 1.0) @ head
+def _layer(config, x, layer):
+    """Rows [n, hidden] behind a layer: one program for all of a kind."""
+    attend = latent if isinstance(layer.attention, Mla) else linear
+    x += attend(config, rms_norm(x, layer.first_norm), layer.attention)
+    return x + mixture(config, rms_norm(x, layer.second_norm), layer)
 
 
 def logits(model, tokens, length):
     """Logits [n, VOCABULARY] of a sequence [n], computed as one of `length`."""
-    padded = jnp.zeros(length, jnp.int32).at[: len(tokens)].set(jnp.asarray(tokens, jnp.int32))
-    found = _logits(model.config, model.embedding, model.head, model.weights, padded)
-    return jax.device_get(found)[: len(tokens)]
+    x = model.embedding[np.pad(tokens, (0, length - len(tokens)))]
+    for layer in model.weights:
+        x = _layer(dataclasses.replace(model.config, tensor=1), x, layer)
+    return np.asarray(unembed(model.head, x))[: len(tokens)]
 
 
 def distance(n):
@@ -91,5 +91,8 @@ def mixture(config, x, layer):
         **{name: getattr(layer.experts, name) for name in layer.experts.__dataclass_fields__}
         | {"shared": layer.shared}
     )
-    found = reference.fused_moe(x.astype(jnp.bfloat16), held, ids, weights, activation_dtype=FLOAT8)
-    return found.astype(x.dtype)
+    if config.rows is None:
+        return reference.fused_moe(x, held, ids, weights)
+    rows = rounded(x).astype(jnp.bfloat16)
+    found = reference.fused_moe(rows, held, ids, weights, activation_dtype=config.rows)
+    return rounded(found.astype(x.dtype))

@@ -326,7 +326,7 @@ class Server:
         if moves:
             source[: len(moves)], target[: len(moves)] = np.array(moves).swapaxes(0, 1)
         stores = []
-        layers = zip(self.model.kinds, self.model.weights, self.stores, made, strict=True)
+        layers = zip(self.model.kinds, self.model.shards, self.stores, made, strict=True)
         for kind, weights, store, kept in layers:
             if kind == "mla":
                 stores.append(models.move_latents(store, source, target))

@@ -82,7 +82,7 @@ def program(sizes, mesh):
 
 def place(tree, splits, name, put, rng):
     """A tree of shapes, or of values, on devices."""
-    splits = jax.tree.broadcast(splits, tree, is_leaf=lambda x: isinstance(x, jax.P))
+    splits = jax.tree.broadcast(splits, tree, is_leaf=is_split)
 
     def leaf(path, spec, split):
         path = name + jax.tree_util.keystr(path)
@@ -90,3 +90,8 @@ def place(tree, splits, name, put, rng):
         return put(path, spec if known else value(path, spec, rng), split)
 
     return jax.tree_util.tree_map_with_path(leaf, tree, splits)
+
+
+def is_split(x):
+    """Whether x says how an array is split."""
+    return isinstance(x, jax.P)
