@@ -11,6 +11,7 @@ class Pool:
     """Numbers from 0 to size - 1, each free or held by one or more holders."""
 
     def __init__(self, size):
+        self.size = size
         self.free, self.holders = list(range(size))[::-1], collections.Counter()
 
     def take(self, count=1):

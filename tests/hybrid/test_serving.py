@@ -146,12 +146,9 @@ def rolled_later(batch):
 
 
 FAULTS = {
-    "rope off by one": (3, lambda b: b._replace(positions=b.positions + b.positions % 2)),
-    "rope off by one, latents": (
-        MLA,
-        lambda b: b._replace(positions=b.positions + b.positions % 2),
-    ),
-    "states of others": (5, lambda b: b._replace(slot_ids=rolled_later(b))),
+    "rope off by one": (3, off_by_one),
+    "rope off by one, latents": (MLA, off_by_one),
+    "states of others": (5, rolled_later),
     "states not resumed": (0, lambda b: b._replace(has_state=b.has_state & False)),
     "pages of others": (MLA, lambda b: b._replace(page_indices=jnp.maximum(b.page_indices, 3))),
 }

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -112,8 +113,9 @@ class Watched(Server):
         """Every layer's pages or slots, on the host."""
         found = []
         for kind, store in zip(self.model.kinds, self.stores, strict=True):
-            array = np.array(store.words if kind == "mla" else store)
-            found.append(array.reshape(store.num_pages, -1) if kind == "mla" else array)
+            (array,) = map(np.array, jax.tree.leaves(store))
+            pages = self.pages.size if kind == "mla" else len(array)
+            found.append(array.reshape(pages, -1))
         return found
 
     def check_owners(self):
