@@ -70,6 +70,16 @@ def test_a_step_with_prompts_on_several_hosts_of_v6e():
     assert [move.shape.dims for move in moved] == [(2048, 128), (576, 4096)]
 
 
+def test_latents_on_several_hosts_of_v6e():
+    found, moved = compiled("v6e", "ling-2.6-flash", ["mla"], "decode", mesh=(4, 4))
+    assert {name.split(".")[0] for name in found.kernels} == {"fused_moe", "ragged_attention"}
+    assert {move.source.rsplit("/", 1)[-1] for move in moved} <= set(KNOWN), list(map(str, moved))
+    queries = 64 * 8 * 640 * 2  # tokens, heads and whole lanes of a device
+    assert max(move.size for move in moved) <= queries
+    kept = found.executable.memory_analysis().alias_size_in_bytes
+    assert found.output_bytes - kept < 1e4
+
+
 def test_states_kept_transposed_are_noticed(monkeypatch):
     whole = gla.gla
 
