@@ -84,7 +84,7 @@ def gla(
       run: `reference.gla.chunked` or `recurrent`.
       **options: of `run`.
 
-    Costs a pass over the batch per snapshot, and one over 64 tokens per row if there are words.
+    Costs a pass over the batch per snapshot, and one over 64 tokens per row if there is a tree.
     """
     inputs, batch = (q, k, v), (slot_ids, cu_seqlens, has_state)
     num_tokens, num_slots = v.shape[0], state_pool.shape[0]
