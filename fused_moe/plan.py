@@ -389,8 +389,9 @@ PLANS = planning.Planner(
         "num_experts": int,
         "top_k": int,
         "num_devices": int,
+        "num_tokens": int,  # exact as well: partials are a number of tokens
     },
-    bucketed=("num_tokens",),
+    bucketed=(),
     key=key,
     choices={
         "tile": (64, 96, 128, 160, 192, 256, 288),

@@ -132,7 +132,8 @@ class Table:
                 return Resolution(entry.plan, "exact", _origin("the entry for", entry))
             return Resolution(entry.plan, "nearest", _origin("the nearest entry,", entry))
         skipped = f"; {refused} near enough are not valid here" if refused else ""
-        why = f"no entry for {chip} within a factor of {2**reach:g}{skipped}: the cost model"
+        within = f" within a factor of {2**reach:g}" if self.schema.bucketed else ""
+        why = f"no entry for {chip}{within}{skipped}: the cost model"
         return Resolution(model(), "model", why)
 
     def _distance(self, have: Mapping[str, Value], want: Mapping[str, Value]) -> float:

@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 
 import fused_moe
 from fused_moe import api
+from fused_moe.plan import PLANS as PLANNER
 from tests.fused_moe import oracle
 from tests.fused_moe.test_fused_moe import PLAN
+from tpukit import tuning
 from tpukit.chips import chip as chip_named
 from tpukit.errors import ArgumentError, UnsupportedError
 
@@ -202,6 +204,24 @@ def test_explain_says_which_plan_and_why():
     assert found.source == "model"
     assert "MiB VMEM" in str(found)
     assert found.vmem_bytes < found.vmem_limit
+
+
+def test_a_tuned_plan_is_for_its_number_of_tokens(monkeypatch):
+    """Partials are a number of tokens: a plan for fewer makes more passes over the experts."""
+
+    def explained(tokens):
+        args, options = shapes(2048, 768, 128, tokens, 8, "float8_e4m3fn")
+        return fused_moe.explain(*args, chip="tpu7x", **options)
+
+    model = explained(128)
+    tuned = dataclasses.asdict(dataclasses.replace(model.plan, tile=128))
+    found = tuning.Found("static", "2026-01-01", "", {"jax": jax.__version__})
+    entry = tuning.Entry("tpu7x", PLANNER.key(model.problem), tuned, found)
+    table = tuning.Table(PLANNER.table.schema, (entry,))
+    monkeypatch.setitem(vars(PLANNER), "table", table)
+    assert explained(128).source == "exact" and explained(128).plan.tile == 128
+    assert {explained(tokens).source for tokens in (96, 160, 256)} == {"model"}
+    assert "within a factor" not in explained(256).why
 
 
 CHOICES = {  # hidden, intermediate, experts, tokens, top_k, of one device, and what costs less
