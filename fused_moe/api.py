@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-from fused_moe import grouped
+from fused_moe import bulk, grouped
 from fused_moe.dispatch import describe
-from fused_moe.kernel import fused_moe_kernel
+from fused_moe.kernel import bulk_kernel, fused_moe_kernel
 from fused_moe.plan import Explanation, Plan, Problem, plan_for, split
 from fused_moe.problem import FLOAT8, check_options, problem_of
 from reference import fused_moe as reference
@@ -456,17 +456,20 @@ def launch(
     interpret: Any,
 ) -> jax.Array:
     """Brings the arguments into the kernel's layout and runs it."""
-    me = lax.axis_index(tuple(name for name, _ in problem.axes)) if problem.axes else 0
-    lists, tails = describe(
-        expert_ids, expert_weights, problem.num_experts, problem.num_devices, me
-    )
     held = dataclasses.replace(with_rows(weights), shared=None)
     if weights.shared is not None:
         shared = with_rows(jax.tree.map(lambda w: w[None], weights.shared))
         held = dataclasses.replace(held, shared=shared)
-    return fused_moe_kernel(
-        lists, tails, tokens, held, problem=problem, plan=plan, interpret=interpret
+    options: dict[str, Any] = {"problem": problem, "plan": plan, "interpret": interpret}
+    if plan.bulk:
+        found = bulk.sort_rows(tokens, expert_ids, expert_weights, problem)
+        results = bulk_kernel(found.heads, found.rows, held, **options)
+        return bulk.combine(results, found.places, found.known, problem)
+    me = lax.axis_index(tuple(name for name, _ in problem.axes)) if problem.axes else 0
+    lists, tails = describe(
+        expert_ids, expert_weights, problem.num_experts, problem.num_devices, me
     )
+    return fused_moe_kernel(lists, tails, tokens, held, **options)
 
 
 def with_rows(weights: Weights) -> Weights:

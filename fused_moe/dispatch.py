@@ -139,14 +139,12 @@ def describe(
     layout = Layout(num_devices, num_experts, num_tokens, top_k)
     ids = expert_ids.T  # [top_k, T]: tokens along the lanes
     slot = jnp.arange(top_k)[:, None]
-    known = (ids >= 0) & (ids < num_experts)
-    earlier = jnp.arange(top_k)[None, :, None] < slot[:, :, None]
-    fresh = known & ~slots_where((ids[:, None] == ids[None]) & earlier, known)
-    experts = jnp.where(fresh, ids, num_experts)
+    counted = fresh(ids, num_experts)
+    experts = jnp.where(counted, ids, num_experts)
     device = experts // layout.experts
     beside = device[:, None] == device[None]
-    first = fresh & ~slots_where(beside & (experts[None] < experts[:, None]), fresh)
-    last = fresh & ~slots_where(beside & (experts[None] > experts[:, None]), fresh)
+    first = counted & ~slots_where(beside & (experts[None] < experts[:, None]), counted)
+    last = counted & ~slots_where(beside & (experts[None] > experts[:, None]), counted)
 
     token = jnp.broadcast_to(jnp.arange(num_tokens), ids.shape)
     code = token | slot << TOKEN_BITS | jnp.where(first, FIRST, 0) | jnp.where(last, LAST, 0)
@@ -167,10 +165,22 @@ def describe(
         heads=heads(bounds, firsts, layout),
         entries=filled(codes, layout.entry_rows * LANES).reshape(-1, LANES),
     )
+    return lists, tails(expert_ids, expert_weights)
 
+
+def fresh(ids: jax.Array, num_experts: int) -> jax.Array:
+    """[top_k, T]: which ids are an expert's, and not in an earlier slot of their token as well."""
+    slot = jnp.arange(ids.shape[0])
+    known = (ids >= 0) & (ids < num_experts)
+    earlier = slot[None, :, None] < slot[:, None, None]
+    return known & ~slots_where((ids[:, None] == ids[None]) & earlier, known)
+
+
+def tails(expert_ids: jax.Array, expert_weights: jax.Array) -> jax.Array:
+    """The tails [T, 128] int32 of tokens, without a scale."""
     weights = lax.bitcast_convert_type(expert_weights, jnp.int32)
-    tails = jnp.concatenate([expert_ids, weights], axis=1)
-    return lists, jnp.pad(tails, ((0, 0), (0, LANES - tails.shape[1])))
+    found = jnp.concatenate([expert_ids, weights], axis=1)
+    return jnp.pad(found, ((0, 0), (0, LANES - found.shape[1])))
 
 
 def filled(values: jax.Array, size: int) -> jax.Array:

@@ -47,19 +47,21 @@ class Visits(Tiles):
     def run(self) -> None:
         """Visits every tile."""
         for experts in self.experts[:-1]:
-            repeat(self.shared_visits, lambda v, experts=experts: self.visit_shared(experts, v))
+            repeat(self.shared_visits, lambda v, experts=experts: self.visit_rows(experts, v))
         routed, n = self.experts[-1], self.shared_visits
-        if not n:
+        if not n and not self.plan.bulk:
             self.gather(jnp.int32(0))
+        visit = self.visit_rows if self.plan.bulk else self.visit_routed
 
         def step(state: jax.Array) -> jax.Array:
-            self.visit_routed(routed, state)
+            visit(routed, state)
             return state + 1
 
         lax.while_loop(lambda v: v < n + self.routed_visits(), step, jnp.int32(n))
         for slot in range(2):
             self.wait_leaving(slot)
-        self.wait_storing()
+        if not self.plan.bulk:
+            self.wait_storing()
 
     def unpack(self, slot: jax.Array, count: jax.Array, factors: Callable[[Any], Any]) -> None:
         """Brings a tile's rows into the layout of products, and their factors beside them."""
@@ -209,11 +211,11 @@ class Visits(Tiles):
                 x = self.vmem.hq[:size, : experts.shape.inter]
                 factor = self.vmem.h_scale[:size, :1]
                 weight = self.vmem.factors[WEIGHT_OF, :size, :1]
-                resumes = self.vmem.factors[RESUMES, :size, :1] > 0
                 y = weight * self.projection(experts, "down", x, slot, factor)
-                self.vmem.y[:size, columns] = y + jnp.where(
-                    resumes, self.vmem.y[:size, columns], 0.0
-                )
+                if not self.plan.bulk:
+                    resumes = self.vmem.factors[RESUMES, :size, :1] > 0
+                    y += jnp.where(resumes, self.vmem.y[:size, columns], 0.0)
+                self.vmem.y[:size, columns] = y
 
             self.sized(count, compute)
 
@@ -226,6 +228,9 @@ class Visits(Tiles):
         def group(i: jax.Array) -> None:
             y = rows(self.vmem.y, i * ROWS, ROWS)
             target = rows(self.vmem.out.at[slot], i * ROWS, ROWS)
+            if self.plan.bulk:
+                target[...] = y[...].astype(target.dtype)
+                return
             no_tail = jnp.zeros((ROWS, LANES), jnp.int32)
             self.problem.rows_back.store(lambda part: y[:, part], target, no_tail)
 
@@ -288,40 +293,30 @@ class Visits(Tiles):
         books.counts[LEAVING + slot] = total(self.problem.num_devices, alone)
         self.each_row(slot, finished, one_of_several)
 
-    def own_tokens(self, visit: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The first token of a visit of the shared expert, and how many it has."""
-        first = visit * self.plan.tile
-        count = jnp.minimum(self.problem.num_tokens - first, self.plan.tile)
-        return first, pl.multiple_of(count, ROWS)
-
-    def fetch_own(self, visit: jax.Array) -> None:
-        """Starts fetching the rows of a visit of the shared expert, if there is one."""
-
-        @pl.when(visit < self.shared_visits)
-        def _() -> None:
-            slot = visit & 1
-            first, count = self.own_tokens(visit)
-            own = rows(self.hbm.received, self.me * self.problem.num_tokens + first, count)
-            start(own, rows(self.vmem.words.at[slot], 0, count), self.vmem.sems.gathered.at[slot])
-
-    def visit_shared(self, experts: Experts, visit: jax.Array) -> None:
-        """One tile of the shared expert: consecutive own tokens."""
-        slot, sems = visit & 1, self.vmem.sems
-        first, count = self.own_tokens(visit)
+    def visit_rows(self, experts: Experts, visit: jax.Array) -> None:
+        """One tile of consecutive rows: of the shared expert, or in bulk of any."""
+        slot, bulk, sems = visit & 1, self.plan.bulk, self.vmem.sems
+        first, count = experts.rows(visit)
         wait_rows(self.hbm.received, sems.gathered.at[slot], count)
         one, zero = jnp.ones((ROWS, 1), jnp.float32), jnp.zeros((ROWS, 1), jnp.float32)
-        self.unpack(slot, count, lambda tail: (self.scale(tail), one, zero))
+        if experts.first == self.shared_visits:  # the routed ones
+            routed = self.routed_factors(experts.expert(visit))
+            self.unpack(slot, count, lambda tail: (*routed(tail)[:2], zero))
+        else:
+            self.unpack(slot, count, lambda tail: (self.scale(tail), one, zero))
         self.first_products(experts, visit, count)
+        self.fetch_rows(visit + 1)
+        if not bulk:
 
-        self.fetch_own(visit + 1)
-
-        @pl.when(visit == self.shared_visits - 1)
-        def _() -> None:
-            self.gather(visit + 1)
+            @pl.when(visit == self.shared_visits - 1)
+            def _() -> None:
+                self.gather(visit + 1)
 
         self.narrow_h(experts, count)
         self.second_product(experts, visit, count)
         self.pack(slot, count)
-        home = rows(self.hbm.returned, self.problem.top_k * self.problem.num_tokens + first, count)
+        # results of a call's own tokens go behind those of all slots, in bulk where the rows were
+        own = (self.problem.top_k - self.me) * self.problem.num_tokens
+        home = rows(self.hbm.returned, first if bulk else own + first, count)
         start(rows(self.vmem.out.at[slot], 0, count), home, sems.leaving.at[slot])
         self.vmem.books.counts[LEAVING + slot] = count

@@ -10,6 +10,7 @@ experts compute while later rows, and earlier results, are still on the links.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     scatter.send_lists()
     if problem.num_devices > 1:
         scatter.send_tokens()
-    visits.fetch_own(jnp.int32(0))
+    visits.fetch_rows(jnp.int32(0))
     visits.start_shared(1, 2)
     scatter.receive_lists()
     visits.start_shared(2, plan.depth)
@@ -57,6 +58,19 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     visits.run()
     combine.run()
     scatter.finish()
+
+
+def bulk_layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
+    """The same where rows come sorted, and results leave as they are: the experts alone."""
+    visits = Visits(problem, plan, jnp.int32(0), hbm, vmem)
+    ready = vmem.sems.lists.at[0]
+    start(hbm.heads, vmem.books.heads, ready)
+    visits.start_shared(0, plan.depth)
+    wait(hbm.heads, ready)
+    visits.list_visits()
+    visits.fetch_rows(jnp.int32(0))
+    visits.start_routed()
+    visits.run()
 
 
 def fused_moe_kernel(
@@ -83,35 +97,89 @@ def fused_moe_kernel(
     Returns:
       [T, hidden].
     """
-    leaves, structure = jax.tree.flatten(weights)
-    inputs = [*lists, tails, tokens, *leaves]
-    if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
-        inputs = [in_hbm(x) for x in inputs]
-    like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual_axes(tokens))
     rows = problem.num_devices * problem.num_tokens
+    layout = problem.layout
+    inputs = {
+        "own": lists.own,
+        "own_heads": lists.heads,
+        "own_entries": lists.entries,
+        "tails": tails,
+        "tokens": tokens,
+        "weights": weights,
+    }
     back = (problem.slots * problem.num_tokens, problem.rows_back.row_words)
-    outputs = [
-        like(tokens.shape, tokens.dtype),
-        like((problem.num_devices * problem.layout.head_rows, LANES), jnp.int32),
-        like((problem.num_devices * problem.layout.entry_rows, LANES), jnp.int32),
-        like((rows, problem.rows_out.row_words), jnp.uint32),
-        like(back, jnp.uint32),
-        like((min(plan.partials, rows), problem.hidden), jnp.float32),
-    ]
+    like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual_axes(tokens))
+    outputs = {
+        "output": like(tokens.shape, tokens.dtype),
+        "heads": like((problem.num_devices * layout.head_rows, LANES), jnp.int32),
+        "entries": like((problem.num_devices * layout.entry_rows, LANES), jnp.int32),
+        "received": like((rows, problem.rows_out.row_words), jnp.uint32),
+        "returned": like(back, jnp.uint32),
+        "partials": like((min(plan.partials, rows), problem.hidden), jnp.float32),
+    }
+    return call(layer, inputs, outputs, problem, plan, interpret)["output"]
 
-    def body(*refs: Any) -> None:
-        given, made, vmem = refs[: len(inputs)], refs[-1 - len(outputs) : -1], refs[-1]
-        held = jax.tree.unflatten(structure, given[len(inputs) - len(leaves) :])
-        hbm = Operands._make((*given[: -len(leaves)], held, *made))
-        layer(problem, plan, hbm, vmem)
+
+def bulk_kernel(
+    heads: jax.Array,
+    rows: jax.Array,
+    weights: Weights,
+    *,
+    problem: Problem,
+    plan: Plan,
+    interpret: Any = False,
+) -> jax.Array:
+    """Runs the experts on rows that are sorted.
+
+    Args:
+      heads, rows: see `bulk.Sorted`.
+      weights, problem, plan, interpret: as `fused_moe_kernel`.
+
+    Returns:
+      [R, hidden], what the experts of these rows gave; rows that are nobody's hold anything.
+    """
+    inputs = {"heads": heads, "received": rows, "weights": weights}
+    shape = (problem.bulk_rows, problem.hidden)
+    kept = jax.ShapeDtypeStruct(shape, problem.dtype, manual_axis_type=manual_axes(rows))
+    outputs = {"returned": kept}
+    return call(bulk_layer, inputs, outputs, problem, plan, interpret)["returned"]
+
+
+def call(
+    body: Callable[[Problem, Plan, Operands, Scratch], None],
+    inputs: dict[str, Any],
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    problem: Problem,
+    plan: Plan,
+    interpret: Any,
+) -> dict[str, jax.Array]:
+    """Calls the kernel with these fields of `Operands`; the others are None.
+
+    Args:
+      body: what it does.
+      inputs: arrays, and trees of arrays.
+      outputs: shapes and types.
+      problem, plan, interpret: as `fused_moe_kernel`.
+
+    Returns:
+      The outputs.
+    """
+    leaves, structure = jax.tree.flatten(inputs)
+    if not interpret:  # else XLA copies small operands to VMEM first, only to be copied again
+        leaves = [in_hbm(x) for x in leaves]
+
+    def kernel(*refs: Any) -> None:
+        given, made, vmem = refs[: len(leaves)], refs[len(leaves) : -1], refs[-1]
+        fields = jax.tree.unflatten(structure, given) | dict(zip(outputs, made, strict=True))
+        body(problem, plan, Operands(**dict.fromkeys(Operands._fields) | fields), vmem)
 
     anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
-    output, *_ = pl.pallas_call(
-        body,
+    found = pl.pallas_call(
+        kernel,
         name="fused_moe",
-        in_specs=[anywhere] * len(inputs),
+        in_specs=[anywhere] * len(leaves),
         out_specs=[anywhere] * len(outputs),
-        out_shape=outputs,
+        out_shape=list(outputs.values()),
         scratch_shapes=[Scratch.shapes(problem, plan)],
         compiler_params=pltpu.CompilerParams(
             collective_id=COLLECTIVE_ID if problem.num_devices > 1 else None,
@@ -119,8 +187,8 @@ def fused_moe_kernel(
             vmem_limit_bytes=vmem_allowed(problem, plan),
         ),
         interpret=interpret,
-    )(*inputs)
-    return output
+    )(*leaves)
+    return dict(zip(outputs, found, strict=True))
 
 
 def manual_axes(x: jax.Array) -> Any:

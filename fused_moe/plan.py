@@ -89,6 +89,13 @@ class Problem:
         return self.top_k + (self.shared is not None)
 
     @property
+    def bulk_rows(self) -> int:
+        """Rows of all experts where they travel in bulk: each expert's begin at a multiple."""
+        entries = self.num_tokens * self.top_k
+        padded = round_up(entries + (ROWS - 1) * min(self.num_experts, entries), ROWS)
+        return padded + self.num_tokens * (self.shared is not None)
+
+    @property
     def layout(self) -> Layout:
         """Where the lists hold what."""
         return Layout(self.num_devices, self.num_experts, self.num_tokens, self.top_k)
@@ -125,6 +132,8 @@ class Plan:
       depth: buffers of each kind of slice, a power of two.
       partials: tokens that may be between two experts of a device. Where a batch needs more, the
         experts are visited again for the rest.
+      bulk: 1 where rows are sorted by expert before the kernel and added up after it, so that whole
+        tiles travel, on one device only; 0 where the kernel moves each row by itself.
     """
 
     tile: int
@@ -132,6 +141,7 @@ class Plan:
     hidden_slice: int
     depth: int = 2
     partials: int = 2048
+    bulk: int = 0
 
     @property
     def tiles(self) -> tuple[int, ...]:
@@ -188,8 +198,6 @@ def buffers(problem: Problem, plan: Plan) -> dict[str, Buffer]:
     gate_blocks = max(shape.gate_blocks for shape in problem.shapes)
     down_blocks = max(shape.down_blocks for shape in problem.shapes)
     found: dict[str, Buffer] = {
-        "io": ((4, ROWS, hidden), problem.dtype),
-        "tails": ((4, ROWS, LANES), jnp.int32),
         "words": ((2, tile, problem.rows_out.row_words), jnp.uint32),
         "x": ((tile, hidden), problem.row_dtype),
         "factors": ((3, tile, LANES), jnp.float32),
@@ -200,8 +208,13 @@ def buffers(problem: Problem, plan: Plan) -> dict[str, Buffer]:
         "hq": ((tile, inter), problem.row_dtype),
         "h_scale": ((tile, LANES), jnp.float32),
         "y": ((tile, hidden), jnp.float32),
-        "out": ((2, tile, problem.rows_back.row_words), jnp.uint32),
     }
+    if plan.bulk:
+        found["out"] = ((2, tile, hidden), problem.dtype)
+    else:
+        found["out"] = ((2, tile, problem.rows_back.row_words), jnp.uint32)
+        found["io"] = ((4, ROWS, hidden), problem.dtype)
+        found["tails"] = ((4, ROWS, LANES), jnp.int32)
     if gate_blocks:
         found["gate_scale"] = found["up_scale"] = (
             (depth, gate_blocks, plan.inter_slice),
@@ -227,6 +240,8 @@ def vmem_allowed(problem: Problem, plan: Plan) -> int:
 def scalars(problem: Problem, plan: Plan) -> int:
     """32-bit words of SMEM that the lists take."""
     layout, n = problem.layout, problem.num_devices
+    if plan.bulk:
+        return layout.head_rows * LANES + 2 * plan.visits(problem)
     lists = layout.own_words + n * (layout.head_rows + 2 * layout.window_rows) * LANES
     return lists + 2 * plan.visits(problem) + n * problem.num_tokens + 4 * plan.tile + 4 * n
 
@@ -245,6 +260,11 @@ def split(problem: Problem) -> tuple[Problem, int]:
 
 def hbm_bytes(problem: Problem, plan: Plan) -> int:
     """Bytes of HBM that a device needs besides arguments and output, whatever the ids are."""
+    if plan.bulk:  # rows there, back, and by entry
+        entries = problem.num_tokens * problem.top_k
+        width = problem.hidden * jnp.dtype(problem.dtype).itemsize
+        there = 4 * problem.rows_out.row_words
+        return problem.bulk_rows * (there + width) + problem.num_tokens * there + entries * width
     rows = problem.num_devices * problem.num_tokens
     received = rows * problem.rows_out.row_words
     returned = problem.slots * problem.num_tokens * problem.rows_back.row_words
@@ -284,6 +304,8 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
         refuse("depth", "a power of two, at least 2")
     if plan.partials < ROWS:
         refuse("partials", f"at least {ROWS}")
+    if plan.bulk not in ((0, 1) if problem.num_devices == 1 else (0,)):
+        refuse("bulk", "0, or 1 where there is one device")
     for what, needed, there in (
         ("VMEM", vmem_allowed(problem, plan), chip.vmem_bytes),
         ("SMEM", 4 * scalars(problem, plan), 4 * SMEM_WORDS),

@@ -28,7 +28,7 @@ IO_DEPTH = 4  # blocks of ROWS tokens or outputs on their way
 
 
 class Operands(NamedTuple):
-    """Arrays in HBM."""
+    """Arrays in HBM. Those that may be None are not there if rows travel in bulk (plan.bulk)."""
 
     own: Ref  # [own words] i32, see dispatch.Lists
     own_heads: Ref  # [n * head rows, 128] i32
@@ -39,8 +39,9 @@ class Operands(NamedTuple):
     output: Ref  # [T, hidden]
     heads: Ref  # [n * head rows, 128] i32, from each device the head for this one
     entries: Ref  # [n * entry rows, 128] i32, from each device the rows for this one
-    received: Ref  # [n * T, row words] u32; row s * T + t is token t of device s
-    returned: Ref  # [slots * T, row words] u32; row j * T + t is what slot j brought token t
+    received: Ref  # [n * T, row words] u32; row s * T + t is token t of device s; in bulk [R, ...]
+    returned: Ref  # [slots * T, row words] u32; row j * T + t is what slot j brought token t; in
+    # bulk [R, hidden], the results of the rows in `received`
     partials: Ref  # [partials, hidden] f32, of tokens between two experts of this device
 
 
@@ -53,7 +54,7 @@ class Slices(NamedTuple):
 
 
 class Books(NamedTuple):
-    """Scalars; M = plan.tile."""
+    """Scalars; M = plan.tile. In bulk there are heads, visits and counts."""
 
     own: Ref  # [own words]
     heads: Ref  # [n * head rows, 128]
@@ -91,7 +92,7 @@ class Sems(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """On-chip memory."""
+    """On-chip memory. In bulk there are no io and tails."""
 
     io: Ref  # [IO_DEPTH, ROWS, hidden] tokens, outputs
     tails: Ref  # [IO_DEPTH, ROWS, 128] i32
@@ -105,7 +106,7 @@ class Scratch(NamedTuple):
     hq: Ref  # [M, inter] as it is multiplied
     h_scale: Ref  # [M, 128] f32
     y: Ref  # [M, hidden] f32
-    out: Ref  # [2, M, returned words] u32, results as they travel
+    out: Ref  # [2, M, returned words] u32, results as they travel; in bulk [2, M, hidden]
     books: Books
     sems: Sems
 
@@ -123,6 +124,9 @@ class Scratch(NamedTuple):
         def words(*shape: int) -> Any:
             return pltpu.SMEM(shape, jnp.int32)
 
+        def singly(*shape: int) -> Any:
+            return None if plan.bulk else words(*shape)
+
         def sems(count: int) -> Any:
             return pltpu.SemaphoreType.DMA((count,))
 
@@ -131,17 +135,17 @@ class Scratch(NamedTuple):
             gate=slices("gate"),
             up=slices("up"),
             down=slices("down"),
-            **vmem,
+            **{"io": None, "tails": None, **vmem},
             books=Books(
-                own=words(layout.own_words),
+                own=singly(layout.own_words),
                 heads=words(n * layout.head_rows, LANES),
-                windows=words(2, n * layout.window_rows, LANES),
+                windows=singly(2, n * layout.window_rows, LANES),
                 visit_expert=words(visits),
                 visit_row=words(visits),
-                partial_of=words(rows),
-                codes=words(2, plan.tile),
-                places=words(2, plan.tile),
-                spans=words(2, 2 * problem.num_devices + 1),
+                partial_of=singly(rows),
+                codes=singly(2, plan.tile),
+                places=singly(2, plan.tile),
+                spans=singly(2, 2 * problem.num_devices + 1),
                 counts=words(8),
             ),
             sems=Sems(
@@ -266,7 +270,8 @@ def wait_rows(array: Ref, semaphore: Ref, count: jax.Array) -> None:
     most = min(ROWS, 1 << (array.shape[0].bit_length() - 1))
     whole, left = divide(count, most)
     repeat(whole, wait(most))
-    repeat(left, wait(1))
+    if array.dtype.itemsize == 4:  # rows of narrower types move in whole groups
+        repeat(left, wait(1))
 
 
 def start(source: Ref, target: Ref, semaphore: Ref) -> None:

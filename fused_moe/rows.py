@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.dispatch import LANES, SCALE
+from reference.fused_moe import quantise
 
 Ref = Any
 
@@ -109,6 +110,24 @@ class RowFormat:
                 bits = lax.bitcast_convert_type(scale, jnp.int32)
                 tail = jnp.where(lanes(tail.shape) == SCALE, bits, tail)
             target[:, self.words :] = lax.bitcast_convert_type(tail, jnp.uint32)
+
+    def packed(self, x: jax.Array, tails: jax.Array) -> jax.Array:
+        """`store` in plain JAX: rows x [R, width] and their tails [R, 128] int32 as words."""
+        kind = jnp.uint8 if self.scaled else jnp.uint16
+        if self.scaled:
+            x, scale = quantise(x, self.dtype)
+            bits = lax.bitcast_convert_type(scale, jnp.int32)
+            tails = jnp.where(lanes(tails.shape) == SCALE, bits, tails)
+        codes = lax.bitcast_convert_type(x.astype(self.dtype), kind).astype(jnp.uint32)
+        found = []
+        for _, parts in self.blocks():
+            words = jnp.zeros((x.shape[0], LANES), jnp.uint32)
+            for i, part in enumerate(parts):
+                words |= codes[:, part] << jnp.uint32(i * 32 // self.per_word)
+            found.append(words)
+        if self.tailed:
+            found.append(lax.bitcast_convert_type(tails, jnp.uint32))
+        return jnp.concatenate(found, axis=1)
 
     def load(
         self, source: Ref, wanted: jax.Array | None = None

@@ -32,6 +32,7 @@ class Experts:
       end: one past the last.
       first_up, first_down: number of the first slice of gate and up, and of down.
       expert: which expert a visit is to.
+      rows: the first of a visit's received rows, and how many, where those are consecutive.
     """
 
     weights: Weights
@@ -41,6 +42,7 @@ class Experts:
     first_up: int
     first_down: int
     expert: Callable[[jax.Array], Any]
+    rows: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fused_moe.dispatch import FIRST, LANES, TOKEN
+from fused_moe.plan import ROWS
 from fused_moe.plumbing import (
     LANE_BITS,
     LEAVING,
@@ -29,6 +30,7 @@ from fused_moe.plumbing import (
     WINDOW,
     each,
     row,
+    rows,
     start,
     total,
     wait_rows,
@@ -81,7 +83,8 @@ class Tiles(Rings):
         first_up = 0
         if self.problem.shared is not None and weights.shared is not None:
             shape = self.problem.shared
-            here.append(Experts(weights.shared, shape, 0, lambda: n, 0, 0, lambda _: 0))
+            tokens = self.own_tokens
+            here.append(Experts(weights.shared, shape, 0, lambda: n, 0, 0, lambda _: 0, tokens))
             first_up = n * (shape.inter // self.plan.inter_slice)
         routed = Experts(
             weights,
@@ -91,8 +94,34 @@ class Tiles(Rings):
             first_up,
             n * self.downs,
             lambda visit: self.vmem.books.visit_expert[self.in_pass(visit - n)[1]],
+            self.sorted_rows,
         )
         return (*here, routed)
+
+    def own_tokens(self, visit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The received rows of a visit of the shared expert: own tokens."""
+        first = visit * self.plan.tile
+        count = jnp.minimum(self.problem.num_tokens - first, self.plan.tile)
+        return self.me * self.problem.num_tokens + first, pl.multiple_of(count, ROWS)
+
+    def sorted_rows(self, visit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The received rows of a routed visit in bulk."""
+        books, tile = self.vmem.books, visit - self.shared_visits
+        expert, offset = books.visit_expert[tile], books.visit_row[tile]
+        first = self.head(self.me, 2 * expert) + offset
+        count = jnp.minimum(self.head(self.me, 2 * expert + 2) - first, self.plan.tile)
+        return first, pl.multiple_of(count, ROWS)
+
+    def fetch_rows(self, visit: jax.Array) -> None:
+        """Starts fetching the rows of a visit, if there is one and its rows are consecutive."""
+        slot = visit & 1
+        for experts in self.experts if self.plan.bulk else self.experts[:-1]:
+
+            @pl.when((visit >= experts.first) & (visit < experts.end()))
+            def _(experts: Experts = experts) -> None:
+                first, count = experts.rows(visit)
+                words, done = rows(self.vmem.words.at[slot], 0, count), self.vmem.sems.gathered
+                start(rows(self.hbm.received, first, count), words, done.at[slot])
 
     def list_visits(self) -> None:
         """Lists the tiles of the routed experts, by expert."""
@@ -119,7 +148,9 @@ class Tiles(Rings):
 
     @property
     def enough_partials(self) -> bool:
-        """Whether no batch can need more partials than there are."""
+        """Whether no batch can need more partials than there are; in bulk none does."""
+        if self.plan.bulk:
+            return True
         return self.plan.partials >= self.problem.num_devices * self.problem.num_tokens
 
     def routed_visits(self) -> jax.Array:
