@@ -8,8 +8,9 @@ from fused_moe.api import (
     received_tokens,
     supports,
 )
-from fused_moe.plan import Explanation, Plan
+from fused_moe.plan import Explanation
 from fused_moe.routing import route, to_physical
+from fused_moe.spec import Plan
 from fused_moe.weights import expand_block_scales, pad, quantise
 from reference.fused_moe import Weights
 

@@ -16,8 +16,9 @@ from jax.sharding import Mesh, PartitionSpec
 from fused_moe import bulk, grouped
 from fused_moe.dispatch import describe
 from fused_moe.kernel import bulk_kernel, fused_moe_kernel
-from fused_moe.plan import Explanation, Plan, Problem, plan_for, split
+from fused_moe.plan import Explanation, schedule
 from fused_moe.problem import FLOAT8, check_options, problem_of
+from fused_moe.spec import Plan, Problem
 from reference import fused_moe as reference
 from reference.fused_moe import Activation, Weights
 from tpukit import checks
@@ -206,7 +207,7 @@ def explain(
     )
     target = chip_named(chip)
     check_chip(problem, target)
-    return plan_for(split(problem)[0], target, plan)
+    return schedule(problem, target, plan)[0]
 
 
 def supports(*args: Any, **kwargs: Any) -> bool:
@@ -342,7 +343,7 @@ def choose(
             return "grouped", target
         try:
             check_chip(problem, here)
-            return plan_for(split(problem)[0], here, plan).implementation, target
+            return schedule(problem, here, plan)[0].implementation, target
         except UnsupportedError:
             return "grouped", target
     if implementation == "pallas":
@@ -410,8 +411,8 @@ def one_device(
             activation_dtype=activation_dtype,
         )
         return out[:, :hidden]
-    part, calls = split(problem)
-    plan = plan_for(part, target, plan).plan
+    found, calls = schedule(problem, target, plan)
+    part, plan = found.problem, found.plan
     interpret = pltpu.InterpretParams() if chosen == "interpret" else False
     padding = calls * part.num_tokens - num_tokens
     padded = with_padding(tokens, expert_ids, expert_weights, padding)

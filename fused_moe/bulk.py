@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fused_moe.dispatch import TOKEN, TOKEN_BITS, fresh, heads, tails
-from fused_moe.plan import ROWS, Problem
+from fused_moe.dispatch import fresh, heads, tails
+from fused_moe.spec import ROWS, Problem
 
 
 class Sorted(NamedTuple):
@@ -46,23 +46,23 @@ def sort_rows(
     padding = -counts % ROWS
     filler = jnp.arange(ROWS - 1)[None, :] < padding[:, None]
     fillers = jnp.where(filler, jnp.arange(num_experts)[:, None], num_experts).ravel()
-    # Sorting twice costs less than scalars scattered by index: by expert, and back by entry.
-    number = jnp.arange(entries + fillers.size)
-    slot, token = number // num_tokens, number % num_tokens
-    code = jnp.where(number < entries, slot, problem.top_k) << TOKEN_BITS | token
-    keys = jnp.concatenate([experts, fillers])
-    _, order = lax.sort((keys, code), num_keys=2, is_stable=False)
-    _, places = lax.sort((order, number), num_keys=2, is_stable=False)
+    # Sorting twice, by expert and back, costs less than scalars scattered by index. An expert and
+    # the number of an entry, or of padding behind all entries, are one word.
+    number = jnp.arange(problem.bulk_numbers, dtype=jnp.uint32)
+    bits = problem.bulk_numbers.bit_length()
+    keys = jnp.concatenate([experts, fillers]).astype(jnp.uint32) << bits | number
+    order = lax.sort(keys, is_stable=False) & ((1 << bits) - 1)
+    _, places = lax.sort((order, number), num_keys=1, is_stable=False)
 
     rows = problem.rows_out.packed(tokens, tails(expert_ids, expert_weights))
     begin = jnp.arange(num_tokens if problem.shared is not None else 0)
-    source = order[: problem.bulk_rows - begin.size] & TOKEN
+    source = order[: problem.bulk_rows - begin.size] % num_tokens
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts + padding)])
     bounds = jnp.repeat(first, 2)[:-1] + begin.size
     return Sorted(
         heads(bounds, jnp.zeros(num_experts, jnp.int32), problem.layout),
-        rows[jnp.concatenate([begin, source])],
-        places[:entries].reshape(ids.shape) + begin.size,
+        rows[jnp.concatenate([begin, source.astype(begin.dtype)])],
+        places[:entries].astype(jnp.int32).reshape(ids.shape) + begin.size,
         known,
     )
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.dispatch import Layout
-from fused_moe.plan import ROWS
 from fused_moe.plumbing import IO_DEPTH, Plumbing, Ref, divide, rows, wait_rows
 from fused_moe.rows import lanes, scale_of
+from fused_moe.spec import ROWS
 from tpukit.buffers import Index, Stream, repeat
 
 

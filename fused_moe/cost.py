@@ -39,14 +39,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from fused_moe.spec import ROWS, ExpertShape, Plan, Problem
 from tpukit.chips import Chip
-
-if TYPE_CHECKING:
-    from fused_moe.plan import ExpertShape, Plan, Problem
 
 HBM_SHARE = 0.7  # of the vendor's bandwidth, that transfers of slices reach
 MXU_SHARE = 0.9  # of the vendor's peak, that products of whole tiles reach
@@ -54,6 +51,8 @@ VISIT_US = 1.5  # of a tile that are not hidden behind its weights
 ALONE_US = 0.06  # for each row: gathered, and sent home
 SEVERAL_US = 0.04  # more where its token has several experts on the device: loaded, and stored
 EXCHANGE_GB_PER_S = 90.0  # that a device's rows reach between devices: about one link
+BULK_US = 25.0  # of sorting and small operations around rows in bulk
+BULK_SHARE = 0.54  # of the vendor's bandwidth, that gathers and sums around them reach
 GATHER_GB_PER_S = 180.0  # that collectives reach: about two
 RAGGED_ROWS = 256  # of a tile of `jax.lax.ragged_dot`; every expert begins one
 RAGGED_SHARE = 0.48  # of the vendor's peak, that its products reach
@@ -66,25 +65,38 @@ class Costs:
     """Microseconds of one call on one device, by the model above.
 
     Attributes:
-      fused: of the kernel.
+      fused: of the kernel with a plan.
       grouped: of the grouped layer.
+      bulk: whether in that plan rows travel in bulk.
+      other: of the kernel if they travelled the other way; None on several devices.
     """
 
     fused: float
     grouped: float
+    bulk: bool
+    other: float | None
 
     def __str__(self) -> str:
         relation = "<=" if self.fused <= self.grouped else ">"
-        return f"kernel {self.fused:.0f} us {relation} grouped {self.grouped:.0f} us"
+        ways = ("rows in bulk", "rows one by one")
+        how, instead = ways if self.bulk else ways[::-1]
+        kernel = f"kernel {self.fused:.0f} us with {how}"
+        if self.other is not None:
+            kernel += f" ({self.other:.0f} us with {instead})"
+        return f"{kernel} {relation} grouped {self.grouped:.0f} us"
 
 
 def costs(problem: Problem, plan: Plan, chip: Chip) -> Costs:
-    """Both costs of a call."""
-    return Costs(fused_us(problem, plan, chip), grouped_us(problem, chip))
+    """The costs of a call."""
+    other = None
+    if problem.num_devices == 1:
+        other = fused_us(problem, dataclasses.replace(plan, bulk=1 - plan.bulk), chip)
+    fused = fused_us(problem, plan, chip)
+    return Costs(fused, grouped_us(problem, chip), bool(plan.bulk), other)
 
 
 def fused_us(problem: Problem, plan: Plan, chip: Chip) -> float:
-    """The kernel: weights once per tile or products, whichever binds, and each tile and row."""
+    """The kernel: weights once per tile or products, whichever binds, and its rows."""
     weights = products = visits = 0.0
     peak = chip.fp8_tflops if problem.quantised else chip.bf16_tflops
     for shape, rows, experts in parts(problem):
@@ -92,16 +104,36 @@ def fused_us(problem: Problem, plan: Plan, chip: Chip) -> float:
         visits += tiles
         weights += tiles * values(problem, shape) * jnp.dtype(problem.weight_dtype).itemsize
         products += rows * 2 * values(problem, shape)
+    multiply = products / (MXU_SHARE * peak * 1e6)
+    if plan.bulk:
+        return bulk_us(problem, weights, multiply, chip)
     entries, others = problem.num_tokens * problem.top_k, problem.num_devices - 1
     alone = (others / problem.num_devices) ** (problem.top_k - 1)
     by_row = entries * (ALONE_US + SEVERAL_US * (1 - alone))
-    busy = max(memory_us(weights, chip), products / (MXU_SHARE * peak * 1e6))
+    busy = max(memory_us(weights, chip), multiply)
     # a token goes once to each device that has experts of it, and one result comes back
     devices = problem.num_devices * (1 - (others / problem.num_devices) ** problem.top_k)
     away = problem.num_tokens * devices * others / problem.num_devices
     sent = 4 * max(problem.rows_out.row_words, problem.rows_back.row_words)
     exchange = 1e-3 * away * 2 * sent / EXCHANGE_GB_PER_S
     return max(busy + visits * VISIT_US + by_row, exchange)
+
+
+def bulk_us(problem: Problem, weights: float, multiply: float, chip: Chip) -> float:
+    """The kernel with rows in bulk, and what is around it, from bytes of weights and products."""
+    there = 4 * problem.rows_out.row_words
+    back = problem.hidden * jnp.dtype(problem.dtype).itemsize
+    rows = sum(group_rows(rows, experts) for _, rows, experts in parts(problem))
+    kernel = max(memory_us(weights + rows * (there + back), chip), multiply)
+    tokens = problem.num_tokens * (2 * back + there)
+    results = problem.num_tokens * problem.slots * 3 * back  # read, gathered, read again
+    around = tokens + problem.bulk_rows * 2 * there + results
+    return kernel + BULK_US + around / (BULK_SHARE * chip.hbm_gb_per_s * 1e3)
+
+
+def group_rows(rows: float, experts: int) -> float:
+    """Rows of some experts up to whole groups: half a group more each, at least one."""
+    return experts * max(rows / experts + ROWS / 2, ROWS)
 
 
 def grouped_us(problem: Problem, chip: Chip) -> float:

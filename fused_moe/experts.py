@@ -19,7 +19,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe import ffn
 from fused_moe.dispatch import LANES, LAST, SLOT, TOKEN, TOKEN_BITS
-from fused_moe.plan import ROWS
 from fused_moe.plumbing import (
     LEAVING,
     LOADING,
@@ -33,6 +32,7 @@ from fused_moe.plumbing import (
 )
 from fused_moe.rows import lanes, narrow, row_scale, scale_of
 from fused_moe.slices import Experts
+from fused_moe.spec import ROWS
 from fused_moe.tiles import Tiles
 from reference.fused_moe import gated
 from tpukit.buffers import Stream, repeat
@@ -304,8 +304,8 @@ class Visits(Tiles):
             self.unpack(slot, count, lambda tail: (*routed(tail)[:2], zero))
         else:
             self.unpack(slot, count, lambda tail: (self.scale(tail), one, zero))
+        self.fetch_rows(visit + 2)
         self.first_products(experts, visit, count)
-        self.fetch_rows(visit + 1)
         if not bulk:
 
             @pl.when(visit == self.shared_visits - 1)

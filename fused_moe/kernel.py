@@ -21,9 +21,10 @@ from jax.experimental.pallas import tpu as pltpu
 from fused_moe.combine import Combine
 from fused_moe.dispatch import LANES, Layout, Lists
 from fused_moe.experts import Visits
-from fused_moe.plan import Plan, Problem, vmem_allowed
+from fused_moe.plan import vmem_allowed
 from fused_moe.plumbing import Operands, Scratch, start, wait
 from fused_moe.scatter import Scatter
+from fused_moe.spec import Plan, Problem
 from reference.fused_moe import Weights
 from tpukit.compat import in_hbm
 
@@ -47,7 +48,8 @@ def layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> None:
     scatter.send_lists()
     if problem.num_devices > 1:
         scatter.send_tokens()
-    visits.fetch_rows(jnp.int32(0))
+    for visit in range(2):
+        visits.fetch_rows(jnp.int32(visit))
     visits.start_shared(1, 2)
     scatter.receive_lists()
     visits.start_shared(2, plan.depth)
@@ -68,7 +70,8 @@ def bulk_layer(problem: Problem, plan: Plan, hbm: Operands, vmem: Scratch) -> No
     visits.start_shared(0, plan.depth)
     wait(hbm.heads, ready)
     visits.list_visits()
-    visits.fetch_rows(jnp.int32(0))
+    for visit in range(2):
+        visits.fetch_rows(jnp.int32(visit))
     visits.start_routed()
     visits.run()
 
@@ -140,15 +143,16 @@ def bulk_kernel(
     """
     inputs = {"heads": heads, "received": rows, "weights": weights}
     shape = (problem.bulk_rows, problem.hidden)
-    kept = jax.ShapeDtypeStruct(shape, problem.dtype, manual_axis_type=manual_axes(rows))
-    outputs = {"returned": kept}
+    kept = jax.typeof(rows).update(shape=shape, dtype=problem.dtype)
+    # small results would be in VMEM else, where the kernel moves them by its vector units
+    outputs = {"returned": kept if interpret else pltpu.HBM.like(kept)}
     return call(bulk_layer, inputs, outputs, problem, plan, interpret)["returned"]
 
 
 def call(
     body: Callable[[Problem, Plan, Operands, Scratch], None],
     inputs: dict[str, Any],
-    outputs: dict[str, jax.ShapeDtypeStruct],
+    outputs: dict[str, Any],
     problem: Problem,
     plan: Plan,
     interpret: Any,

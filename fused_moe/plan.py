@@ -3,164 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from fused_moe.cost import Costs, costs
-from fused_moe.dispatch import LANES, Layout, round_up
-from fused_moe.rows import RowFormat
-from reference.fused_moe import Activation
+from fused_moe.cost import Costs, costs, fused_us
+from fused_moe.dispatch import LANES, round_up
+from fused_moe.sizes import bulk_candidates, candidates
+from fused_moe.spec import ROWS, Plan, Problem
 from tpukit import planning, tuning
 from tpukit.buffers import padded
 from tpukit.chips import Chip
 from tpukit.errors import ArgumentError, UnsupportedError
 
-ROWS = 32  # rows of a tile of the narrowest type: counts of rows in memory are multiples of it
-PARTIALS_BYTES = 64_000_000
 SMEM_WORDS = 2**17  # that the lists may take, of the 2**18 of every chip: scalars are spilled there
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertShape:
-    """What the experts of a layer are like; the shared one may differ from the routed ones.
-
-    Attributes:
-      inter: width between the projections.
-      gate_blocks: blocks of inputs with a scale of their own in gate and up, 0 without scales.
-      down_blocks: the same of down.
-      biased: whether the projections have biases.
-    """
-
-    inter: int
-    gate_blocks: int
-    down_blocks: int
-    biased: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Everything about a call that is known when it is traced.
-
-    Attributes:
-      axes: name and size of each mesh axis that experts are spread over; none on one device.
-      num_tokens: of a device, a multiple of ROWS.
-      top_k: slots of a token.
-      num_experts: of all devices.
-      hidden: width of a token, a multiple of 512.
-      dtype: of tokens and output.
-      weight_dtype: of all projections.
-      row_dtype: of tokens as they travel and are multiplied.
-      return_dtype: of results as they travel.
-      routed, shared: the experts; shared is None without one.
-      activation, limit: see `reference.fused_moe.gated`.
-    """
-
-    axes: tuple[tuple[str, int], ...]
-    num_tokens: int
-    top_k: int
-    num_experts: int
-    hidden: int
-    dtype: Any
-    weight_dtype: Any
-    row_dtype: Any
-    return_dtype: Any
-    routed: ExpertShape
-    shared: ExpertShape | None
-    activation: Activation
-    limit: float | None
-
-    @property
-    def num_devices(self) -> int:
-        """Devices that share the experts."""
-        return math.prod(size for _, size in self.axes)
-
-    @property
-    def experts_here(self) -> int:
-        """Experts of a device."""
-        return self.num_experts // self.num_devices
-
-    @property
-    def slots(self) -> int:
-        """Rows that a token gets back at most, that of the shared expert included."""
-        return self.top_k + (self.shared is not None)
-
-    @property
-    def bulk_rows(self) -> int:
-        """Rows of all experts where they travel in bulk: each expert's begin at a multiple."""
-        entries = self.num_tokens * self.top_k
-        padded = round_up(entries + (ROWS - 1) * min(self.num_experts, entries), ROWS)
-        return padded + self.num_tokens * (self.shared is not None)
-
-    @property
-    def layout(self) -> Layout:
-        """Where the lists hold what."""
-        return Layout(self.num_devices, self.num_experts, self.num_tokens, self.top_k)
-
-    @property
-    def rows_out(self) -> RowFormat:
-        """Tokens as they travel."""
-        return RowFormat(self.hidden, self.row_dtype, tailed=True)
-
-    @property
-    def rows_back(self) -> RowFormat:
-        """Results as they travel."""
-        return RowFormat(self.hidden, self.return_dtype, tailed=self.return_dtype != jnp.bfloat16)
-
-    @property
-    def quantised(self) -> bool:
-        """Whether both products have quantised left sides."""
-        return self.rows_out.scaled
-
-    @property
-    def shapes(self) -> tuple[ExpertShape, ...]:
-        """Of routed and shared experts."""
-        return (self.routed,) if self.shared is None else (self.routed, self.shared)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Block sizes of the kernel.
-
-    Attributes:
-      tile: rows of one expert that are computed at once, a multiple of 32.
-      inter_slice: columns of gate and up in VMEM at once.
-      hidden_slice: columns of down in VMEM at once.
-      depth: buffers of each kind of slice, a power of two.
-      partials: tokens that may be between two experts of a device. Where a batch needs more, the
-        experts are visited again for the rest.
-      bulk: 1 where rows are sorted by expert before the kernel and added up after it, so that whole
-        tiles travel, on one device only; 0 where the kernel moves each row by itself.
-    """
-
-    tile: int
-    inter_slice: int
-    hidden_slice: int
-    depth: int = 2
-    partials: int = 2048
-    bulk: int = 0
-
-    @property
-    def tiles(self) -> tuple[int, ...]:
-        """Numbers of rows that the kernel is specialised for, ascending."""
-        sizes = [self.tile]
-        while sizes[0] % (4 * ROWS) == 0:
-            sizes.insert(0, sizes[0] // 4)
-        return tuple(sizes)
-
-    @property
-    def pieces(self) -> int:
-        """Blocks of ROWS results that fit the two buffers of tiles, a power of two."""
-        return 1 << ((2 * self.tile // ROWS).bit_length() - 1)
-
-    def visits(self, problem: Problem) -> int:
-        """Most tiles of routed experts that a device can have in one pass."""
-        rows = problem.num_devices * problem.num_tokens
-        most = rows * min(problem.top_k, problem.experts_here)
-        return problem.experts_here + most // self.tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +26,8 @@ class Explanation(planning.Explanation[Problem, Plan]):
 
     Attributes:
       hbm_bytes: what a device needs besides arguments and output.
-      costs: of the kernel with this plan, and of the grouped layer.
+      costs: of the kernel with this plan, of the same with rows moved the other way, and of the
+        grouped layer.
     """
 
     hbm_bytes: int
@@ -274,11 +132,6 @@ def hbm_bytes(problem: Problem, plan: Plan) -> int:
     return 4 * (received + returned + partials + lists)
 
 
-def divisors(width: int, most: int) -> list[int]:
-    """Multiples of 128 that divide a width, from `most` down."""
-    return [d for d in range(most - most % LANES, 0, -LANES) if width % d == 0]
-
-
 def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
     """Checks that a plan is legal for a problem.
 
@@ -306,6 +159,14 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
         refuse("partials", f"at least {ROWS}")
     if plan.bulk not in ((0, 1) if problem.num_devices == 1 else (0,)):
         refuse("bulk", "0, or 1 where there is one device")
+    if plan.bulk and problem.bulk_bits > 32:
+        raise UnsupportedError(
+            where="fused_moe",
+            what=f"{problem.num_tokens} tokens to {problem.num_experts} experts in bulk",
+            place=chip.name,
+            why="an expert and the number of a row do not fit 32 bits",
+            advice="Use a plan with bulk=0, or fewer tokens per call.",
+        )
     for what, needed, there in (
         ("VMEM", vmem_allowed(problem, plan), chip.vmem_bytes),
         ("SMEM", 4 * scalars(problem, plan), 4 * SMEM_WORDS),
@@ -320,62 +181,21 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
             )
 
 
-def expected_partials(problem: Problem) -> int:
-    """Partials for twice the tokens that have several experts on one device, if routing is even.
-
-    At least as many as PARTIALS_BYTES hold: routers prefer groups of experts.
-    """
-    rows, k = problem.num_devices * problem.num_tokens, problem.top_k
-    here = 1 / problem.num_devices
-    several = 1 - (1 - here) ** k - k * here * (1 - here) ** (k - 1)
-    cheap = PARTIALS_BYTES // (4 * problem.hidden)
-    return min(rows, round_up(max(int(2 * rows * several) + 256, cheap), ROWS))
-
-
-# Columns of gate and up, columns of down, buffers of each: the first that fits. Deep rings keep HBM
-# busy while rows are being gathered and sent. Tiles of up to SMALL rows wait for their weights, for
-# less time at either end if slices are short, so for them the first of these is left out.
-SMALL = 2 * ROWS
-SLICES = (
-    (512, 1024, 4),
-    (256, 1024, 4),
-    (512, 1024, 2),
-    (256, 1024, 2),
-    (256, 512, 2),
-    (128, 512, 2),
-    (128, 256, 2),
-)
-
-
-def even_tile(rows: float) -> int:
-    """Rows of a tile such that most experts need as many tiles as the mean one, of up to 288."""
-    most = rows + 2.8 * math.sqrt(rows)  # of Poisson's distribution, all but 0.3 % are below
-    return max(round_up(math.ceil(most / math.ceil(rows / 256)), ROWS), 2 * ROWS)
-
-
 def model(problem: Problem, chip: Chip) -> Plan:
-    """The cost model: tiles for an expert's expected rows, then the longest slices that fit.
+    """The cost model: of the best plan of each form, if it fits, the one that costs less.
 
     Raises:
       UnsupportedError: nothing fits.
     """
-    rows = problem.num_devices * problem.num_tokens * problem.top_k / problem.num_experts
-    tiles = sorted({min(even_tile(rows), most) for most in (512, 256, 128, 64)}, reverse=True)
-    inter = functools.reduce(math.gcd, [shape.inter for shape in problem.shapes])
-    for tile in tiles:
-        for up, down, depth in SLICES[1:] if tile <= SMALL else SLICES:
-            plan = Plan(
-                tile=tile,
-                inter_slice=divisors(inter, up)[0],
-                hidden_slice=divisors(problem.hidden, down)[0],
-                depth=depth,
-                partials=expected_partials(problem),
-            )
-            if PLANS.fits(problem, plan, chip):
-                return plan
+    forms = (candidates(problem), bulk_candidates(problem) if problem.num_devices == 1 else ())
+    firsts = [next((p for p in plans if PLANS.fits(problem, p, chip)), None) for plans in forms]
+    found = [plan for plan in firsts if plan is not None]
+    if found:
+        return min(found, key=lambda plan: fused_us(problem, plan, chip))
     raise UnsupportedError(
         where="fused_moe",
-        what=f"hidden {problem.hidden}, intermediate {inter}, {problem.num_tokens} tokens a device",
+        what=f"hidden {problem.hidden}, intermediate {problem.routed.inter}, "
+        f"{problem.num_tokens} tokens a device",
         place=chip.name,
         why="no tile and slices fit its VMEM and SMEM",
         advice="Use implementation='grouped'.",
@@ -417,16 +237,34 @@ PLANS = planning.Planner(
     key=key,
     choices={
         "tile": (64, 96, 128, 160, 192, 256, 288),
-        "inter_slice": (128, 256, 512),
-        "hidden_slice": (256, 512, 1024),
+        "inter_slice": (128, 256, 512, 768, 1024),
+        "hidden_slice": (256, 512, 1024, 2048),
         "depth": (2, 4),
+        "bulk": (0, 1),
     },
     path=Path(__file__).parent / "tuned.json",
 )
 
 
+def schedule(problem: Problem, chip: Chip, plan: Plan | None = None) -> tuple[Explanation, int]:
+    """The plan of each call of the kernel, and how many it takes.
+
+    Raises:
+      ArgumentError, UnsupportedError: as `plan_for`.
+    """
+    part, calls = split(problem)
+    if calls > 1 and problem.num_devices == 1 and (plan is None or plan.bulk):
+        try:
+            whole = plan_for(problem, chip, plan)
+            if whole.plan.bulk:  # which has no lists that could be too long
+                return whole, 1
+        except UnsupportedError:
+            pass
+    return plan_for(part, chip, plan), calls
+
+
 def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanation:
-    """The plan of a call: the caller's, else the table's, else the cost model's.
+    """The plan of one call of the kernel: the caller's, else the table's, else the cost model's.
 
     Raises:
       ArgumentError, UnsupportedError: the caller's plan is not legal, or none is.

@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.dispatch import LANES
-from fused_moe.plan import ROWS, Plan, Problem, buffers
+from fused_moe.plan import buffers
+from fused_moe.spec import ROWS, Plan, Problem
 from reference.fused_moe import Weights
 from tpukit.buffers import repeat
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fused_moe.dispatch import MAX_TOP_K, round_up
-from fused_moe.plan import ROWS, ExpertShape, Problem
+from fused_moe.spec import ROWS, ExpertShape, Problem
 from fused_moe.weights import HIDDEN_MULTIPLE, PROJECTIONS, padded_width
 from reference.fused_moe import ACTIVATIONS, Activation, Weights
 from tpukit import checks

@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fused_moe.dispatch import Layout
-from fused_moe.plan import ROWS
 from fused_moe.plumbing import (
     IO_DEPTH,
     Plumbing,
@@ -30,6 +29,7 @@ from fused_moe.plumbing import (
     wait,
     wait_rows,
 )
+from fused_moe.spec import ROWS
 from tpukit.buffers import Index, Stream, repeat
 
 

@@ -15,8 +15,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fused_moe.plan import ExpertShape
 from fused_moe.plumbing import Plumbing, Ref, Slices, divide
+from fused_moe.spec import ExpertShape
 from reference.fused_moe import Weights
 from tpukit.buffers import Index, Stream
 

@@ -19,7 +19,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fused_moe.dispatch import FIRST, LANES, TOKEN
-from fused_moe.plan import ROWS
 from fused_moe.plumbing import (
     LANE_BITS,
     LEAVING,
@@ -36,6 +35,7 @@ from fused_moe.plumbing import (
     wait_rows,
 )
 from fused_moe.slices import Experts, Rings
+from fused_moe.spec import ROWS
 from tpukit.buffers import repeat
 
 

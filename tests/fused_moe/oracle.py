@@ -142,16 +142,17 @@ def expert(x, weights, index, options, *, exact=False):
     return product(narrow(gated(product(x, "gate"), product(x, "up"), activation, limit)), "down")
 
 
-def output(layer, devices=1, *, exact=False):
+def output(layer, devices=1, *, exact=False, bulk=False):
     """The output in float64.
 
     Unless exact, activations are rounded where the kernel rounds them, and so is what each device
-    sends back; the last rounding is left to the caller.
+    sends back, or in bulk what each expert gives; the last rounding is left to the caller.
     """
     x, ids = wide(layer.tokens), layer.ids
     experts = layer.weights.gate.shape[0]
     here = experts // devices
-    back = np.dtype(jnp.dtype(layer.options.get("return_dtype", "bfloat16"))).type
+    back = "bfloat16" if bulk else layer.options.get("return_dtype", "bfloat16")
+    back = np.dtype(jnp.dtype(back)).type
     out = np.zeros_like(x)
 
     def sent(y):
@@ -166,9 +167,10 @@ def output(layer, devices=1, *, exact=False):
             rows = (ids == e).any(axis=1)
             if rows.any():
                 y = expert(x[rows], layer.weights, e, layer.options, exact=exact)
-                sums[rows] += weight[rows, None] * y
+                y *= weight[rows, None]
+                sums[rows] += sent(y) if bulk else y
                 any_ |= rows
-        out[any_] += sent(sums[any_])
+        out[any_] += sums[any_] if bulk else sent(sums[any_])
     if layer.weights.shared is not None:
         out += sent(expert(x, layer.weights.shared, (), layer.options, exact=exact))
     return out

@@ -19,6 +19,15 @@ from tpukit import interpret
 
 LATE, EAGER = interpret.MODES
 PLAN = fused_moe.Plan(tile=64, inter_slice=128, hidden_slice=256, partials=64)
+BULK = dataclasses.replace(PLAN, bulk=1)
+# how many devices, and how rows travel
+PLACES = {
+    "in bulk": (1, BULK),
+    "1": (1, PLAN),
+    "2": (2, PLAN),
+    "4": (4, PLAN),
+    "8": (8, PLAN),
+}
 
 
 def mesh_of(devices):
@@ -51,11 +60,11 @@ FLIPS = {"bfloat16": 5e-4, "float8_e4m3fn": 5e-3}
 ONE_ROUNDING = {"bfloat16": 1.7e-3, "float8_e4m3fn": 2.6e-2}  # of many values, relative
 
 
-def check_gates(layer, found, devices):
+def check_gates(layer, found, devices, *, bulk=False):
     """Gate A against float64 with the same roundings, Gate B against float64 with none."""
-    wanted = oracle.output(layer, devices)
+    wanted = oracle.output(layer, devices, bulk=bulk)
     once = oracle.rounded(wanted, ml_dtypes.bfloat16)
-    back = layer.options.get("return_dtype", "bfloat16")
+    back = "bfloat16" if bulk else layer.options.get("return_dtype", "bfloat16")
     flips = max(FLIPS[back], FLIPS[layer.options.get("activation_dtype", "bfloat16")])
     assert oracle.error(found, wanted) <= 1.1 * oracle.error(once, wanted) + flips / 8
     assert oracle.error(found, wanted, axis=1) <= 1.25 * oracle.error(once, wanted, axis=1) + flips
@@ -70,11 +79,17 @@ def check_gates(layer, found, devices):
 QUANTISED = {"activation_dtype": "float8_e4m3fn"}
 
 
+def check(layer, place, mode=LATE):
+    """Runs a layer in a place and checks its gates."""
+    devices, plan = PLACES[place]
+    check_gates(layer, run(layer, devices, mode, plan), devices, bulk=bool(plan.bulk))
+
+
 @pytest.mark.parametrize("mode", [LATE, EAGER], ids=["late", "eager, races"])
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_devices(devices, mode):
-    layer = oracle.random_layer(devices, 32, shared=oracle.INTER, **QUANTISED)
-    check_gates(layer, run(layer, devices, mode), devices)
+@pytest.mark.parametrize("place", PLACES)
+def test_devices(place, mode):
+    devices, _ = PLACES[place]
+    check(oracle.random_layer(devices, 32, shared=oracle.INTER, **QUANTISED), place, mode)
 
 
 # Every option, each with different others: of weights, rows, results, activations and biases.
@@ -97,15 +112,14 @@ KINDS = {
         **QUANTISED,
     },
 }
-# on every number of devices, and in both modes, without all pairs of the two
-PLACES = [(kind, d) for kind in KINDS for d in (1, 2, 4, 8)]
-MODES = {place: (LATE, EAGER)[(i + i // 4) % 2] for i, place in enumerate(PLACES)}
+# in every place, and in both modes, without all pairs of the two
+PAIRS = [(kind, place) for kind in KINDS for place in PLACES]
+MODES = {pair: (LATE, EAGER)[i % 2] for i, pair in enumerate(PAIRS)}
 
 
-@pytest.mark.parametrize(("kind", "devices"), PLACES)
-def test_kinds(kind, devices):
-    layer = oracle.random_layer(20, 24, **KINDS[kind])
-    check_gates(layer, run(layer, devices, MODES[kind, devices]), devices)
+@pytest.mark.parametrize(("kind", "place"), PAIRS)
+def test_kinds(kind, place):
+    check(oracle.random_layer(20, 24, **KINDS[kind]), place, MODES[kind, place])
 
 
 def with_ids(ids, **options):
@@ -128,14 +142,13 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("place", ["in bulk", "1", "2"])
 @pytest.mark.parametrize("ids", EDGES.values(), ids=EDGES)
-def test_edges(ids, devices):
+def test_edges(ids, place):
     ids = np.asarray(ids)
     if ids.shape[1] > 1 and len(ids) > 1:  # one shape for most: traces take the time
         ids = np.pad(ids, ((0, 45 - len(ids)), (0, 8 - ids.shape[1])), constant_values=-1)
-    layer = with_ids(ids)
-    check_gates(layer, run(layer, devices), devices)
+    check(with_ids(ids), place)
 
 
 def test_no_token_no_kernel():
@@ -151,8 +164,7 @@ def test_no_token_no_kernel():
 def test_drawn_ids(seed, hostile):
     rng = np.random.default_rng(seed)
     ids = rng.integers(-3, 11, (32, 3)) if hostile else rng.integers(0, 8, (32, 3))
-    layer = with_ids(ids)
-    check_gates(layer, run(layer, 2), 2)
+    check(with_ids(ids), "2")
 
 
 def test_tiles_passes_and_buffers_change_no_bit():
@@ -166,15 +178,17 @@ def test_tiles_passes_and_buffers_change_no_bit():
     check_gates(layer, wanted, 1)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_other_tokens_change_no_bit(devices):
+@pytest.mark.parametrize("place", ["in bulk", "1", "4"])
+def test_other_tokens_change_no_bit(place):
     """The rows of a token's experts are whole numbers, so that no sum depends on its order."""
+    devices, plan = PLACES[place]
     layer = exact_layer(50)
-    wanted = run(layer, devices)
+    wanted = run(layer, devices, plan=plan)
     kept = np.arange(len(layer.ids)) % 5 == 2
     alone = dataclasses.replace(layer, ids=np.where(kept[:, None], layer.ids, -1))
-    np.testing.assert_array_equal(run(alone, devices)[kept], wanted[kept])
-    assert np.all(run(alone, devices)[~kept] == 0)
+    found = run(alone, devices, plan=plan)
+    np.testing.assert_array_equal(found[kept], wanted[kept])
+    assert np.all(found[~kept] == 0)
 
 
 def exact_layer(seed):
@@ -190,18 +204,22 @@ def exact_layer(seed):
     return dataclasses.replace(layer, weights=weights, tokens=tokens)
 
 
-def test_modes_of_transfer_agree_to_the_bit():
+@pytest.mark.parametrize("place", ["in bulk", "2"])
+def test_modes_of_transfer_agree_to_the_bit(place):
+    devices, plan = PLACES[place]
     layer = oracle.random_layer(60, 32, shared=256, **QUANTISED)
-    np.testing.assert_array_equal(run(layer, 2, LATE), run(layer, 2, EAGER))
+    late, eager = (run(layer, devices, mode, plan) for mode in (LATE, EAGER))
+    np.testing.assert_array_equal(late, eager)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_bad_numbers_stay_in_their_row(devices):
+@pytest.mark.parametrize("place", ["in bulk", "1", "2"])
+def test_bad_numbers_stay_in_their_row(place):
+    devices, plan = PLACES[place]
     layer = oracle.random_layer(70, 48, shared=256, **QUANTISED)
-    wanted = run(layer, devices)
+    wanted = run(layer, devices, plan=plan)
     tokens = layer.tokens.copy()
     tokens[3, 17], tokens[30, 400] = np.nan, np.inf
-    found = run(dataclasses.replace(layer, tokens=tokens), devices)
+    found = run(dataclasses.replace(layer, tokens=tokens), devices, plan=plan)
     bad = np.isin(np.arange(48), [3, 30])
     assert np.isnan(found[bad].astype(np.float32)).any(axis=1).all()
     np.testing.assert_array_equal(found[~bad], wanted[~bad])
