@@ -47,11 +47,13 @@ from tpukit.chips import Chip
 
 HBM_SHARE = 0.7  # of the vendor's bandwidth, that transfers of slices reach
 MXU_SHARE = 0.9  # of the vendor's peak, that products of whole tiles reach
-VISIT_US = 1.5  # of a tile that are not hidden behind its weights
+START_US = 10.0  # of lists and of small operations around the kernel
+VISIT_US = 0.9  # of a tile that are not hidden behind its weights
 ALONE_US = 0.06  # for each row: gathered, and sent home
 SEVERAL_US = 0.04  # more where its token has several experts on the device: loaded, and stored
 EXCHANGE_GB_PER_S = 90.0  # that a device's rows reach between devices: about one link
-BULK_US = 25.0  # of sorting and small operations around rows in bulk
+BULK_US = 12.0  # of small operations around rows in bulk
+BULK_EXPERT_US = 0.1  # more for each expert: its padding is sorted as well
 BULK_SHARE = 0.54  # of the vendor's bandwidth, that gathers and sums around them reach
 GATHER_GB_PER_S = 180.0  # that collectives reach: about two
 RAGGED_ROWS = 256  # of a tile of `jax.lax.ragged_dot`; every expert begins one
@@ -116,7 +118,7 @@ def fused_us(problem: Problem, plan: Plan, chip: Chip) -> float:
     away = problem.num_tokens * devices * others / problem.num_devices
     sent = 4 * max(problem.rows_out.row_words, problem.rows_back.row_words)
     exchange = 1e-3 * away * 2 * sent / EXCHANGE_GB_PER_S
-    return max(busy + visits * VISIT_US + by_row, exchange)
+    return max(START_US + busy + visits * VISIT_US + by_row, exchange)
 
 
 def bulk_us(problem: Problem, weights: float, multiply: float, chip: Chip) -> float:
@@ -128,7 +130,8 @@ def bulk_us(problem: Problem, weights: float, multiply: float, chip: Chip) -> fl
     tokens = problem.num_tokens * (2 * back + there)
     results = problem.num_tokens * problem.slots * 3 * back  # read, gathered, read again
     around = tokens + problem.bulk_rows * 2 * there + results
-    return kernel + BULK_US + around / (BULK_SHARE * chip.hbm_gb_per_s * 1e3)
+    fixed = BULK_US + BULK_EXPERT_US * problem.num_experts
+    return kernel + fixed + around / (BULK_SHARE * chip.hbm_gb_per_s * 1e3)
 
 
 def group_rows(rows: float, experts: int) -> float:

@@ -85,8 +85,8 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             )
 
 
-def bulk_candidates(problem: Problem) -> Iterator[Plan]:
-    """The same in bulk."""
+def bulk_candidates(problem: Problem) -> list[Plan]:
+    """The same in bulk: those first whose slices fill a matrix unit."""
     size = jnp.dtype(problem.weight_dtype).itemsize
 
     def columns(width: int, inputs: int, most: int) -> int:
@@ -94,11 +94,14 @@ def bulk_candidates(problem: Problem) -> Iterator[Plan]:
         return next((d for d in found if d % MXU_COLUMNS == 0), found[0])
 
     widest = max(shape.inter for shape in problem.shapes)
-    for tile in tiles_of(problem, 2.0):  # a second tile for a few costs less than rows of all
-        for most in SLICE_BYTES:
-            yield Plan(
-                tile=tile,
-                inter_slice=columns(common_inter(problem), problem.hidden, most),
-                hidden_slice=columns(problem.hidden, widest, most),
-                bulk=1,
-            )
+    found = [
+        Plan(
+            tile=tile,
+            inter_slice=columns(common_inter(problem), problem.hidden, most),
+            hidden_slice=columns(problem.hidden, widest, most),
+            bulk=1,
+        )
+        for tile in tiles_of(problem, 2.0)  # a second tile for a few costs less than rows of all
+        for most in SLICE_BYTES
+    ]
+    return sorted(found, key=lambda plan: plan.inter_slice < MXU_COLUMNS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fused_moe.dispatch import Layout, round_up
+from fused_moe.dispatch import Layout
 from fused_moe.rows import RowFormat
 from reference.fused_moe import Activation
 
@@ -91,10 +91,10 @@ class Problem:
 
     @property
     def bulk_rows(self) -> int:
-        """Rows of all experts in bulk, where each expert's begin at a multiple of ROWS."""
+        """Rows of all experts in bulk, at most: those of each expert are a multiple of ROWS."""
         entries = self.num_tokens * self.top_k
-        padded = round_up(entries + (ROWS - 1) * min(self.num_experts, entries), ROWS)
-        return padded + self.num_tokens * (self.shared is not None)
+        most = entries + (ROWS - 1) * min(self.num_experts, entries)
+        return most - most % ROWS + self.num_tokens * (self.shared is not None)
 
     @property
     def layout(self) -> Layout:

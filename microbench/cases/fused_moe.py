@@ -10,6 +10,7 @@ as the model's router groups it.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -129,6 +130,7 @@ CASES = (
     _case("qwen3-coder-480b", "prefill", 2048, 8),
     _case("gpt-oss-120b", "decode", 1024, 8),
     _case("qwen3-30b", "one device", 128, 1),
+    _case("qwen3-30b", "prefill", 4096, 1),
 )
 MORE = (  # a layer of experts knows tokens only: those of drafts and of prompts are the same to it
     _case("deepseek-v3", "prefill", 16384, 32),
@@ -419,13 +421,17 @@ def figures(case: Case, report: Any) -> dict[str, float]:
     products = [loop for loop in kernel.loops if loop.ops.matmuls]
     visit = products[-1].path.split("/")[0]
     inside = [x for x in kernel.loops if x.path.startswith(f"{visit}/") and x.depth == 2]
-    first, second = (loop for loop in inside if loop.ops.matmuls)
     # unpacking, narrowing and packing go through a tile in groups of 32 rows
-    largest = max(first.regions, key=lambda region: region.ops.matmuls)
     groups = [x for x in inside if x.ops.vstore > 8 and not x.ops.matmuls]
-    tile = longest_pass(first) * (shape.inter // plan.inter_slice)
-    tile += longest_pass(second) * (shape.hidden // plan.hidden_slice)
-    tile += sum(loop.bundles for loop in groups) * plan.tile // 32
+    tile = sum(loop.bundles for loop in groups) * plan.tile // 32
+    # a product of a single slice is no loop of its own, but a conditional part of the visit
+    slices = (shape.inter // plan.inter_slice, shape.hidden // plan.hidden_slice)
+    loops = [loop for loop in inside if loop.ops.matmuls]
+    several = [count for count in slices if count > 1]
+    tile += sum(longest_pass(x) * count for x, count in zip(loops, several, strict=True))
+    (body,) = (loop for loop in kernel.loops if loop.path == visit)
+    tile += _whole_products(body, slices.count(1))
+    largest = max((r for x in (body, *loops) for r in x.regions), key=lambda r: r.ops.matmuls)
     return {
         "tile": plan.tile,
         "tile bundles": tile,
@@ -433,3 +439,13 @@ def figures(case: Case, report: Any) -> dict[str, float]:
         "FFN1 MXU slots %": 100 * largest.ops.mxu / (2 * largest.bundles),
         "scratch MB": report.temp_bytes / 1e6,
     }
+
+
+def _whole_products(body: Any, count: int) -> int:
+    """Bundles of a loop's largest products: it has others, for smaller tiles."""
+    matmuls: Counter[Any] = Counter()
+    bundles: Counter[Any] = Counter()
+    for region in body.regions:
+        matmuls[frozenset(region.guards)] += region.ops.matmuls
+        bundles[frozenset(region.guards)] += region.bundles
+    return sum(bundles[guards] for guards, _ in matmuls.most_common(count))

@@ -26,14 +26,34 @@ def test_published_models_compile_with_default_plans(name, chip):
     assert found.compile_seconds < 30
 
 
+def test_in_bulk_transfers_are_of_tiles():
+    """A visit starts the rows to come, what they give, and weights; nothing by rows."""
+    case = BY_NAME["qwen3-30b/prefill"]
+    assert cases.explain(case, "tpu7x").plan.bulk
+    target, arguments = cases.aot_target(case)
+    report = aot.static_report(target, "tpu7x", **arguments)
+    (visit,) = (x for x in report.kernel("fused_moe").loops if x.ops.matmuls)
+    assert visit.depth == 1 and visit.ops.dma_starts == 2 + 3 * 2
+    inside = [x for x in report.kernel("fused_moe").loops if x.depth > 1]
+    assert not any(x.ops.dma_starts for x in inside)
+    figures = cases.figures(case, report)
+    assert figures["tile bundles"] <= 4_000 and figures["FFN1 MXU slots %"] >= 75
+
+
 def test_headline_fits_where_it_must():
     found = compiled(BY_NAME["ling-2.6-1t/prefill"], "tpu7x")
     assert found.temp_bytes <= 0.3e9
 
 
+ONE = {"devices": 1, "experts": 16}
+SMALL = {"tile": 64, "inter_slice": 256, "hidden_slice": 1024}
+BULK = {**SMALL, "bulk": 1}
 KINDS = {
     "64 devices": ("tpu7x", {"devices": 64}),
-    "one device": ("tpu7x", {"devices": 1, "experts": 16}),
+    "one device": ("tpu7x", {**ONE, "plan": SMALL}),
+    "in bulk": ("tpu7x", {**ONE, "plan": BULK, "activation": "gelu", "biased": True}),
+    "in bulk, bfloat16": ("v5e", {**ONE, "plan": BULK, "dtype": "bfloat16", "rows": "bfloat16"}),
+    "in bulk, blocks": ("v6e", {**ONE, "plan": BULK, "block": 128, "shared": 0}),
     "bfloat16": ("v5e", {"dtype": "bfloat16", "rows": "bfloat16"}),
     "float8 weights": ("v6e", {"rows": "bfloat16"}),
     "float8 back": ("tpu7x", {"back": "float8_e4m3fn"}),

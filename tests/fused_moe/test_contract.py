@@ -224,15 +224,14 @@ def test_a_tuned_plan_is_for_its_number_of_tokens(monkeypatch):
     assert "within a factor" not in explained(256).why
 
 
-CHOICES = {  # hidden, intermediate, experts, tokens, top_k, of one device, and what costs less
-    "narrow weights, few tokens": ((2048, 768, 16, 256, 8, "float8_e4m3fn"), "pallas"),
-    "narrow weights, many rows of few experts": (
-        (2048, 768, 16, 2048, 8, "float8_e4m3fn"),
-        "grouped",
-    ),
-    "the same of many experts": ((2048, 768, 128, 2048, 8, "float8_e4m3fn"), "pallas"),
-    "bfloat16": ((2048, 768, 16, 2048, 8, "bfloat16"), "grouped"),
-    "bfloat16, wide": ((8192, 2048, 8, 2048, 1, "bfloat16"), "pallas"),
+CHOICES = {  # hidden, intermediate, experts, tokens, top_k; devices; and what costs less there
+    "narrow weights, few tokens": ((2048, 768, 16, 256, 8, "float8_e4m3fn"), 1, "pallas"),
+    "many rows of few experts": ((2048, 768, 16, 2048, 8, "float8_e4m3fn"), 1, "pallas"),
+    "the same of many experts": ((2048, 768, 128, 2048, 8, "float8_e4m3fn"), 1, "pallas"),
+    "bfloat16": ((2048, 768, 16, 2048, 8, "bfloat16"), 1, "pallas"),
+    "bfloat16, wide": ((8192, 2048, 8, 2048, 1, "bfloat16"), 1, "pallas"),
+    "bfloat16 on two devices": ((2048, 768, 32, 4096, 8, "bfloat16"), 2, "grouped"),
+    "float8 on two devices": ((2048, 768, 32, 256, 8, "float8_e4m3fn"), 2, "pallas"),
 }
 
 
@@ -279,15 +278,19 @@ def ran(monkeypatch, chip, args, **options):
     return found[0]
 
 
-@pytest.mark.parametrize(("shape", "cheaper"), CHOICES.values(), ids=CHOICES)
-def test_auto_runs_what_costs_less(shape, cheaper, monkeypatch):
-    args, options = shapes(*shape)
-    found = fused_moe.explain(*args, chip="tpu7x", **options)
+@pytest.mark.parametrize(("shape", "devices", "cheaper"), CHOICES.values(), ids=CHOICES)
+def test_auto_runs_what_costs_less(shape, devices, cheaper, monkeypatch):
+    hidden, inter, experts, tokens, *more = shape
+    args, options = shapes(hidden, inter, experts // devices, tokens // devices, *more)
+    where = {"chip": "tpu7x", "axes": [("x", devices)] if devices > 1 else []}
+    found = fused_moe.explain(*args, **where, **options)
     assert found.implementation == cheaper
     assert (found.costs.fused <= found.costs.grouped) is (cheaper == "pallas")
     assert f"{cheaper}, cost model: {found.costs}" in str(found)
-    assert fused_moe.supports(*args, chip="tpu7x", **options)
-    assert ran(monkeypatch, "tpu7x", args, **options) == cheaper
+    assert fused_moe.supports(*args, **where, **options)
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("x",)) if devices > 1 else None
+    whole, _ = shapes(*shape)
+    assert ran(monkeypatch, "tpu7x", whole, mesh=mesh, **options) == cheaper
 
 
 def test_a_plan_asks_for_the_kernel(monkeypatch):

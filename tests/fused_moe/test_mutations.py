@@ -6,9 +6,30 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from fused_moe import api, combine, dispatch, experts, ffn, rows, scatter, slices, tiles
+from fused_moe import (
+    api,
+    bulk,
+    combine,
+    dispatch,
+    experts,
+    ffn,
+    kernel,
+    rows,
+    scatter,
+    slices,
+    tiles,
+)
 from tests.fused_moe import oracle
-from tests.fused_moe.test_fused_moe import EAGER, LATE, PLAN, QUANTISED, check_gates, compiled, run
+from tests.fused_moe.test_fused_moe import (
+    BULK,
+    EAGER,
+    LATE,
+    PLAN,
+    QUANTISED,
+    check_gates,
+    compiled,
+    run,
+)
 from tpukit import buffers, interpret
 
 pytestmark = pytest.mark.needs("interpreted faults")
@@ -18,11 +39,12 @@ LAYER = oracle.random_layer(7, 40, 4, 3, biased=True, masked=0.05, **QUANTISED)
 FEW = dataclasses.replace(PLAN, partials=32)
 
 
-def passes(mode=LATE):
-    """Whether gates and harness are green."""
+def passes(mode=LATE, *, bulk=False):
+    """Whether gates and harness are green, on two devices or on one in bulk."""
+    devices, plan = (1, BULK) if bulk else (2, FEW)
     compiled.cache_clear()
     try:
-        check_gates(LAYER, run(LAYER, 2, mode, FEW), 2)
+        check_gates(LAYER, run(LAYER, devices, mode, plan), devices, bulk=bulk)
     except (AssertionError, interpret.InterpretError):
         return False
     finally:
@@ -30,9 +52,10 @@ def passes(mode=LATE):
     return True
 
 
+@pytest.mark.parametrize("bulk", [False, True], ids=["one by one", "in bulk"])
 @pytest.mark.parametrize("mode", [LATE, EAGER], ids=["late", "eager"])
-def test_the_kernel_passes(mode):
-    assert passes(mode)
+def test_the_kernel_passes(mode, bulk):
+    assert passes(mode, bulk=bulk)
 
 
 def bfloat16_sums(x, weight, scale, bias, factor):
@@ -170,3 +193,48 @@ PROTOCOL = {
 def test_careless_transfers_are_seen(where, name, fault, monkeypatch):
     monkeypatch.setattr(where, name, fault)
     assert not (passes(LATE) and passes(EAGER))
+
+
+good_sort = bulk.sort_rows
+good_combine = bulk.combine
+good_rows = tiles.Tiles.sorted_rows
+good_fetch = tiles.Tiles.fetch_rows
+
+
+def other_rows(change):
+    def sorted_rows(self, visit):
+        return change(*good_rows(self, visit))
+
+    return sorted_rows
+
+
+def places_of_neighbours(*args):
+    found = good_sort(*args)
+    return found._replace(places=jnp.roll(found.places, 1, axis=1))
+
+
+def all_known(results, places, known, problem):
+    return good_combine(results, places, known | True, problem)
+
+
+def early(self, visit):
+    good_fetch(self, visit)
+    good_fetch(self, visit + 1)
+
+
+IN_BULK = {
+    "tiles begin too late": (tiles.Tiles, "sorted_rows", other_rows(lambda a, n: (a + 32, n))),
+    "tiles end too early": (tiles.Tiles, "sorted_rows", other_rows(lambda a, n: (a, n - 32))),
+    "results of other tokens": (bulk, "sort_rows", places_of_neighbours),
+    "what no expert gave is added": (bulk, "combine", all_known),
+    "rows are fetched before there is room": (tiles.Tiles, "fetch_rows", early),
+    "rows of a tile are not awaited": (experts, "wait_rows", nothing),
+    "results on their way are overwritten": (experts.Visits, "wait_leaving", nothing),
+    "bounds are not awaited": (kernel, "wait", nothing),
+}
+
+
+@pytest.mark.parametrize(("where", "name", "fault"), IN_BULK.values(), ids=IN_BULK)
+def test_faults_in_bulk_are_seen(where, name, fault, monkeypatch):
+    monkeypatch.setattr(where, name, fault)
+    assert not (passes(LATE, bulk=True) and passes(EAGER, bulk=True))
