@@ -48,10 +48,11 @@ def sort_rows(
     fillers = jnp.where(filler, jnp.arange(num_experts)[:, None], num_experts).ravel()
     # Sorting twice, by expert and back, costs less than scalars scattered by index. An expert and
     # the number of an entry, or of padding behind all entries, are one word.
-    number = jnp.arange(problem.bulk_numbers, dtype=jnp.uint32)
-    bits = problem.bulk_numbers.bit_length()
-    keys = jnp.concatenate([experts, fillers]).astype(jnp.uint32) << bits | number
-    order = lax.sort(keys, is_stable=False) & ((1 << bits) - 1)
+    numbers = problem.bulk_numbers
+    more = numbers - entries - fillers.size
+    keys = jnp.pad(jnp.concatenate([experts, fillers]), (0, more), constant_values=num_experts)
+    number = jnp.arange(numbers, dtype=jnp.uint32)
+    order = lax.sort(keys.astype(jnp.uint32) * numbers | number, is_stable=False) & (numbers - 1)
     _, places = lax.sort((order, number), num_keys=1, is_stable=False)
 
     rows = problem.rows_out.packed(tokens, tails(expert_ids, expert_weights))

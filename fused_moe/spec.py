@@ -81,13 +81,14 @@ class Problem:
 
     @property
     def bulk_numbers(self) -> int:
-        """Entries in bulk, and what may have to stand behind each expert's."""
-        return self.num_tokens * self.top_k + (ROWS - 1) * self.num_experts
+        """Entries, and padding behind those of each expert: as many as are quick to sort."""
+        most = self.num_tokens * self.top_k + (ROWS - 1) * self.num_experts
+        return 1 << (most - 1).bit_length()
 
     @property
     def bulk_bits(self) -> int:
-        """Bits of an expert, or none, and of such a number: rows in bulk are sorted by both."""
-        return self.num_experts.bit_length() + self.bulk_numbers.bit_length()
+        """Bits of such a number, and of an expert or none: rows in bulk are sorted by both."""
+        return self.bulk_numbers.bit_length() - 1 + self.num_experts.bit_length()
 
     @property
     def bulk_rows(self) -> int:

@@ -130,7 +130,6 @@ CASES = (
     _case("qwen3-coder-480b", "prefill", 2048, 8),
     _case("gpt-oss-120b", "decode", 1024, 8),
     _case("qwen3-30b", "one device", 128, 1),
-    _case("qwen3-30b", "prefill", 4096, 1),
 )
 MORE = (  # a layer of experts knows tokens only: those of drafts and of prompts are the same to it
     _case("deepseek-v3", "prefill", 16384, 32),
@@ -143,6 +142,7 @@ MORE = (  # a layer of experts knows tokens only: those of drafts and of prompts
     _case("qwen3-235b", "speculative", 1024, 8),
     _case("qwen3-coder-480b", "decode", 256, 8),
     _case("gpt-oss-120b", "prefill", 8192, 8),
+    _case("qwen3-30b", "prefill", 4096, 1),
 )
 
 

@@ -9,7 +9,7 @@ from microbench.case import planned
 from microbench.cases import fused_moe as cases
 from tpukit import aot, errors
 
-BY_NAME = {case.name: case for case in cases.CASES}
+BY_NAME = {case.name: case for case in (*cases.CASES, *cases.MORE)}
 PAIRS = [(case.name, chip) for case in cases.CASES for chip in cases.chips(case)]
 
 
