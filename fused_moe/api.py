@@ -51,7 +51,8 @@ def fused_moe(
     For a token x with experts id_j and weights w_j: y = sum_j w_j expert_{id_j}(x) + shared(x),
     where expert(x) = gated(x W_gate + b_gate, x W_up + b_up) W_down + b_down. One kernel: rows are
     quantised once, sent once to each device that has experts of the token, computed while others
-    are on the way, added up there and sent back.
+    are on the way, added up there and sent back. On one device rows are sorted before the kernel
+    and added up after it instead, where that costs less.
 
     Args:
       tokens: [T, hidden] bfloat16.
@@ -70,6 +71,7 @@ def fused_moe(
         between the two products, so that both run at the float8 rate; needs float8 weights. None
         keeps bfloat16.
       return_dtype: of results between devices: bfloat16, or float8_e4m3fn with a scale per row.
+        Where rows travel in bulk, on one device (`Plan.bulk`), they are bfloat16.
       implementation: "pallas" (a TPU), "interpret" (the kernel on a CPU, slow), "grouped"
         (`grouped_moe`), "reference" (one device), or "auto": on a TPU that supports the kernel the
         one of both that costs less, see `explain`, else "grouped".
@@ -78,8 +80,9 @@ def fused_moe(
 
     Returns:
       [T, hidden] bfloat16. Sums run over a device's experts in the order of their ids in float32,
-      are rounded to return_dtype, and are added in the order of slots in float32. So no bit depends
-      on other tokens or on timing, while the number of devices does change the rounding.
+      are rounded to return_dtype, and are added in the order of slots in float32; in bulk each
+      expert's result is rounded. So no bit depends on the values of other tokens or on timing,
+      while the number of devices, and of tokens where it changes the plan, changes the rounding.
 
     Raises:
       ArgumentError: an argument that can never work: what it was, what it needs.

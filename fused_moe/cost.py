@@ -1,38 +1,42 @@
-"""What the kernel and the grouped layer are expected to take, so that the cheaper one is chosen.
+"""What the kernel, in both its forms, and the grouped layer are expected to take.
 
-Both are sums of what bounds them, for even routing. The kernel moves every row by a DMA of its own,
-which takes the scalar core some 100 ns, while its weights stay narrow and its exchange is hidden;
-the grouped layer moves rows in bulk, but widens all weights to bfloat16 first, takes the rows of
-all devices through memory several times, and multiplies whole tiles of 256 rows. So the grouped
-layer wins where bfloat16 rows are many and short and the devices few, the kernel nearly everywhere
-else.
+All are sums of what bounds them, for even routing. Moving rows one by one, the kernel starts a DMA
+for each, which takes the scalar core some 100 ns, while its weights stay narrow and its exchange is
+hidden. In bulk, on one device, it is bound by weights or products, and XLA gathers the rows before
+it and adds up the results after it. The grouped layer moves rows in bulk, too, but widens all
+weights to bfloat16 first, takes the rows of all devices through memory several times, and multiplies
+whole tiles of 256 rows. So on one device bulk wins nearly everywhere; the grouped layer wins where
+bfloat16 rows are many and short and the devices two.
 
 The constants come from predictions (`tpukit.predict`; the products of the grouped layer replayed
 with the tiles that follow from the group sizes; none is a measurement). On tpu7x, one device, in
 microseconds predicted (and by this model):
 
-| hidden x inter, experts, tokens, top_k | weights | kernel | grouped |
-|---|---|---|---|
-| 2048 x 768, 16, 32, 8 | float8 | 79 (79) | 166 (177) |
-| 2048 x 768, 16, 256, 8 | float8 | 258 (258) | 289 (350) |
-| 2048 x 768, 16, 256, 8 | bfloat16 | 271 (287) | 157 (150) |
-| 2048 x 768, 16, 2048, 8 | float8 | 1822 (1851) | 1604 (1727) |
-| 2048 x 768, 16, 2048, 8 | bfloat16 | 1897 (1968) | 664 (746) |
-| 2048 x 768, 16, 2048, 1 | float8 | 176 (176) | 292 (350) |
-| 2048 x 768, 16, 2048, 1 | bfloat16 | 189 (205) | 168 (150) |
-| 2048 x 768, 128, 32, 8 | bfloat16 | 546 (684) | 527 (564) |
-| 2048 x 768, 128, 2048, 8 | float8 | 1941 (2064) | 2658 (2827) |
-| 2048 x 768, 128, 2048, 8 | bfloat16 | 2021 (2297) | 1222 (1234) |
-| 8192 x 2048, 8, 256, 8 | float8 | 406 (372) | 1406 (1811) |
-| 8192 x 2048, 8, 2048, 1 | bfloat16 | 712 (446) | 863 (898) |
+| hidden x inter, experts, tokens, top_k | weights | one by one | in bulk | grouped |
+|---|---|---|---|---|
+| 2048 x 768, 8, 32, 2 | float8 | 44 (38) | 33 (29) | |
+| 2048 x 768, 16, 32, 8 | float8 | 79 (79) | 53 (48) | 166 (177) |
+| 2048 x 768, 16, 256, 8 | float8 | 258 (258) | 82 (69) | 289 (350) |
+| 2048 x 768, 16, 256, 8 | bfloat16 | 271 (287) | 115 (106) | 157 (150) |
+| 2048 x 768, 16, 2048, 8 | float8 | 1822 (1823) | 339 (328) | 1604 (1727) |
+| 2048 x 768, 16, 2048, 8 | bfloat16 | 1897 (1939) | 452 (494) | 664 (746) |
+| 2048 x 768, 16, 2048, 1 | float8 | 176 (176) | 92 (79) | 292 (350) |
+| 2048 x 768, 16, 2048, 1 | bfloat16 | 189 (206) | 120 (117) | 168 (150) |
+| 2048 x 768, 128, 32, 8 | bfloat16 | 546 (617) | 467 (526) | 527 (564) |
+| 2048 x 768, 128, 128, 8 | float8 | 437 (461) | 292 (288) | |
+| 2048 x 768, 128, 2048, 8 | float8 | 1941 (1997) | 466 (469) | 2658 (2827) |
+| 2048 x 768, 128, 2048, 8 | bfloat16 | 2021 (2230) | 711 (761) | 1222 (1234) |
+| 2048 x 768, 128, 4096, 8 | float8 | 3665 (3635) | 700 (665) | |
+| 8192 x 2048, 8, 256, 8 | float8 | 406 (377) | 261 (265) | 1406 (1811) |
+| 8192 x 2048, 8, 2048, 1 | bfloat16 | 712 (451) | 784 (491) | 863 (898) |
 
 On 8 devices, 2048 x 768, bfloat16: 128 experts, 2,048 tokens, top_k 8: 286 (255) and 565 (624); 16
 experts, 16,384 tokens, top_k 1: 281 (184) and 1,281 (1,420), the collectives at two links' rate.
 
-A row of the kernel's column: `python -m microbench predict --kernel fused_moe --chip tpu7x --case
+A row of the kernel's columns: `python -m microbench predict --kernel fused_moe --chip tpu7x --case
 flash/decode`, with `--set` for each of devices=1, shared=0, groups=1, hidden, inter, experts,
-tokens and top_k, and for bfloat16 dtype and rows. What XLA gathers and scatters by index counts as
-bytes.
+tokens and top_k, and for bfloat16 dtype and rows; `--plan bulk=0` or 1 for the form that is not
+chosen. What XLA gathers and scatters by index counts as bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +58,8 @@ SEVERAL_US = 0.04  # more where its token has several experts on the device: loa
 EXCHANGE_GB_PER_S = 90.0  # that a device's rows reach between devices: about one link
 BULK_US = 12.0  # of small operations around rows in bulk
 BULK_EXPERT_US = 0.1  # more for each expert: its padding is sorted as well
-BULK_SHARE = 0.54  # of the vendor's bandwidth, that gathers and sums around them reach
+BULK_SHARE = 0.72  # of the vendor's bandwidth, that gathers and sums around them reach, at most
+BULK_GB_PER_S = 2000.0  # as much
 GATHER_GB_PER_S = 180.0  # that collectives reach: about two
 RAGGED_ROWS = 256  # of a tile of `jax.lax.ragged_dot`; every expert begins one
 RAGGED_SHARE = 0.48  # of the vendor's peak, that its products reach
@@ -131,7 +136,8 @@ def bulk_us(problem: Problem, weights: float, multiply: float, chip: Chip) -> fl
     results = problem.num_tokens * problem.slots * 3 * back  # read, gathered, read again
     around = tokens + problem.bulk_rows * 2 * there + results
     fixed = BULK_US + BULK_EXPERT_US * problem.num_experts
-    return kernel + fixed + around / (BULK_SHARE * chip.hbm_gb_per_s * 1e3)
+    rate = min(BULK_SHARE * chip.hbm_gb_per_s, BULK_GB_PER_S)
+    return kernel + fixed + around / (rate * 1e3)
 
 
 def group_rows(rows: float, experts: int) -> float:

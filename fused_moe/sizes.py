@@ -99,6 +99,7 @@ def bulk_candidates(problem: Problem) -> list[Plan]:
             tile=tile,
             inter_slice=columns(common_inter(problem), problem.hidden, most),
             hidden_slice=columns(problem.hidden, widest, most),
+            partials=expected_partials(problem),  # if a caller takes the plan with bulk=0
             bulk=1,
         )
         for tile in tiles_of(problem, 2.0)  # a second tile for a few costs less than rows of all
