@@ -4,9 +4,9 @@ All are sums of what bounds them, for even routing. Moving rows one by one, the 
 for each, which takes the scalar core some 100 ns, while its weights stay narrow and its exchange is
 hidden. In bulk, on one device, it is bound by weights or products, and XLA gathers the rows before
 it and adds up the results after it. The grouped layer moves rows in bulk, too, but widens all
-weights to bfloat16 first, takes the rows of all devices through memory several times, and multiplies
-whole tiles of 256 rows. So on one device bulk wins nearly everywhere; the grouped layer wins where
-bfloat16 rows are many and short and the devices two.
+weights to bfloat16 first, takes the rows of all devices through memory several times, and
+multiplies whole tiles of 256 rows. So on one device bulk wins nearly everywhere; the grouped layer
+wins where bfloat16 rows are many and short and the devices two.
 
 The constants come from predictions (`tpukit.predict`; the products of the grouped layer replayed
 with the tiles that follow from the group sizes; none is a measurement). On tpu7x, one device, in
