@@ -24,6 +24,8 @@ GRANULE_BYTES = 32
 END = -1
 
 _REGISTER = re.compile(r"[sp]\[\d+\]")
+_DIVISION = re.compile(r"\bk(DivAndRem|Div|Rem)\b")
+_RESULTS = {"DivAndRem": (False, True), "Div": (False,), "Rem": (True,)}  # remainders, in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,13 +210,14 @@ class _Writer:
         elif opcode in ("vsyncadd", "vsyncadd.remote", "vsyncpa", "vsyncset"):
             line = f"m.{opcode.replace('.', '_')}({args})"
         elif opcode == "vsyncmov":
-            line = f"m.tokens[{one.token!r}] = m.flag({args})"
+            line = f"m.tokens[{one.token!r}] = [m.flag({args})]"
         elif opcode in instructions.DIVISION:
-            kinds = [kind for kind in ("kRem", "kDiv") if kind in one.comment]
-            if len(kinds) != 1:
-                self._fail(address, "a division that says neither kDiv nor kRem")
-            rem, of_signed = kinds[0] == "kRem", opcode.endswith("s32")
-            return [f"m.tokens[{one.token!r}] = divide({args}, {rem}, {of_signed})"]
+            kind = _DIVISION.search(one.comment)
+            if kind is None:
+                self._fail(address, "a division that does not say what it gives")
+            of_signed = opcode.endswith("s32")
+            found = [f"divide({args}, {rem}, {of_signed})" for rem in _RESULTS[kind[1]]]
+            return [f"m.tokens[{one.token!r}] = [{', '.join(found)}]"]
         elif opcode == "shalt.err":
             return [f"if {one.predicate or True}: m.halt({address}, {one.comment!r})"]
         else:
@@ -258,7 +261,7 @@ class _Writer:
         if one.opcode == "sld":
             result = f"mem.get({one.address}, U)"
         elif one.opcode in instructions.POPS:
-            result = f"m.tokens.pop({one.operands[0]})"
+            result = f"m.tokens[{one.operands[0]}].pop(0)"
         elif one.opcode == "spop":
             result = "V"
         elif instructions.UNKNOWN.match(one.opcode):
