@@ -11,7 +11,8 @@ Usage: microbench [list | run | aot | predict | compare | tune | report | valida
   compare    predict each case beside what one would take instead: XLA, JAX's kernels, tokamax's
   compare OLD [NEW]
              two runs side by side, regressions marked: each a file that --json wrote, or a git
-             revision, which is predicted now; NEW is the working tree where it is not given
+             revision, which is predicted now, or compiled where no prediction follows its
+             schedules; NEW is the working tree where it is not given
   tune       look for better block sizes with the compiler in the loop; --save keeps them
   report [FILE ...]
              one HTML page of the records in these files; without any, checks and predicts first

@@ -19,11 +19,12 @@ from typing import Any
 
 from microbench import environment
 from microbench.cli import Options, UsageError
-from microbench.record import Record, read
+from microbench.record import NOT_REPLAYED, Record, read
 
 # Per kind of record: the figure that counts, and by how much it may differ and still be the same.
 # Schedules are the same every time; wall clocks are not.
 FIGURES = {"predict": ("predicted us", 0.005), "time": ("median_ms", 0.10), "aot": ("bundles", 0.0)}
+SPARSE = "bundles/subcore"  # counts instead where SparseCores do the work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +67,21 @@ def changes(before: Iterable[Record], after: Iterable[Record]) -> list[Change]:
     old, new = _figures(before), _figures(after)
     found = []
     for key in dict.fromkeys([*old, *new]):
-        kind, kernel, case, chip, _ = key
-        figure, margin = FIGURES[kind]
+        kind, kernel, case, chip, figure, _ = key
         a, b = old.get(key), new.get(key)
-        found.append(Change(kernel, case, chip, figure, a, b, _verdict(a, b, margin)))
+        found.append(Change(kernel, case, chip, figure, a, b, _verdict(a, b, FIGURES[kind][1])))
     return found
 
 
-def _figures(records: Iterable[Record]) -> dict[tuple[str, str, str, str, str], float | None]:
+def _figures(records: Iterable[Record]) -> dict[tuple[str, ...], float | None]:
     """The figure that counts of each record; None where it was refused. Later ones win."""
     found = {}
     for entry in records:
         if entry["kind"] in FIGURES:
             params = json.dumps(entry["params"], sort_keys=True)
-            key = (entry["kind"], entry["kernel"], entry["case"], entry.get("chip", ""), params)
-            found[key] = entry["values"].get(FIGURES[entry["kind"]][0])
+            figure = SPARSE if SPARSE in entry["values"] else FIGURES[entry["kind"]][0]
+            place = entry["kernel"], entry["case"], entry.get("chip", "")
+            found[entry["kind"], *place, figure, params] = entry["values"].get(figure)
     return found
 
 
@@ -134,13 +135,24 @@ def _checkout(revision: str, folder: Path) -> Path:
 
 
 def _predict(root: Path, path: Path, options: Options) -> list[Record]:
-    """Predicts with the code of a tree, in a process of its own."""
-    words = [sys.executable, "-m", "microbench", "predict", *selection(options)]
+    """Predicts with the code of a tree; of what is not replayed there are static figures."""
+    found = _run_command("predict", root, path, options)
+    static = [entry["kernel"] for entry in found if entry["values"].get("note") == NOT_REPLAYED]
+    if not static:
+        return found
+    options = dataclasses.replace(options, kernels=tuple(dict.fromkeys(static)))
+    rest = [entry for entry in found if entry["kernel"] not in static]
+    return rest + _run_command("aot", root, path, options)
+
+
+def _run_command(command: str, root: Path, path: Path, options: Options) -> list[Record]:
+    """The records of a command of a tree, in a process of its own."""
+    words = [sys.executable, "-m", "microbench", command, *selection(options)]
     words += ["--json", str(path), "--seed", str(options.seed)]
     env = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(words, cwd=root, env=env, stdout=subprocess.DEVNULL)
     if not path.exists():
-        raise UsageError(f"{root} does not predict: exit status {done.returncode}")
+        raise UsageError(f"{root}: {command} ends with exit status {done.returncode}")
     return read(str(path))
 
 

@@ -13,6 +13,7 @@ from microbench import environment
 from microbench.case import Case
 
 Record = dict[str, Any]
+NOT_REPLAYED = "not replayed"  # note of a kernel whose schedules no prediction follows
 
 
 def record(

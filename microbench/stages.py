@@ -11,6 +11,7 @@ import jax
 from microbench import predicted, static
 from microbench.case import Case, Check, Suite, planned
 from microbench.cli import Options, UsageError
+from microbench.record import NOT_REPLAYED
 from microbench.timing import time_calls
 from tpukit import chips, errors, interpret
 
@@ -142,7 +143,7 @@ def predict(suite: Suite, case: Case, chip: str, options: Options) -> list[Findi
     """
     found = predicted.case(suite, case, chip, options)
     if found is None:
-        return [Finding("predicted", {"predicted us": None, "note": "not replayed"}, {})]
+        return [Finding("predicted", {"predicted us": None, "note": NOT_REPLAYED}, {})]
     if options.command == "predict":
         print(f"\n{case.name} on {chip}\n{found.text()}")
     predicted.save(found, case, options)

@@ -72,6 +72,29 @@ def test_bad_command_lines_are_refused_with_the_reason(microbench, words, messag
     assert status == 2 and message in err and "Traceback" not in err
 
 
+def test_what_is_not_replayed_is_compared_by_static_figures(tmp_path, monkeypatch):
+    """Of SparseCores those of a subcore; a kernel that is predicted is not compiled again."""
+    asked = []
+
+    def run_command(command, root, path, options):
+        asked.append((command, options.kernels))
+        predicted, sparse = made("a", 5.0), made("b", None)
+        if command == "predict":
+            sparse["values"], sparse["kernel"] = {"note": "not replayed"}, "sparse"
+            return [predicted, sparse]
+        entry = made("b", 0, kind="aot") | {"kernel": "sparse"}
+        entry["values"]["bundles/subcore"] = 40 + len(asked)
+        return [entry]
+
+    monkeypatch.setattr(compare, "_run_command", run_command)
+    runs = [compare._predict(tmp_path, tmp_path, cli.Options()) for _ in range(2)]
+    assert asked == [("predict", ()), ("aot", ("sparse",))] * 2
+    same, worse = compare.changes(*runs)
+    assert (same.case, same.verdict) == ("a", "same")
+    assert (worse.figure, worse.before, worse.after) == ("bundles/subcore", 42, 44)
+    assert worse.verdict == "slower"
+
+
 def test_a_revision_is_predicted_with_its_own_code(tmp_path, monkeypatch):
     """A repository whose one file writes what the command line asks for."""
     program = tmp_path / "microbench" / "__main__.py"
