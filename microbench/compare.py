@@ -119,7 +119,7 @@ def _run(name: str | None, stack: contextlib.ExitStack) -> Callable[[Options], l
         return lambda options: found
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     root = environment.ROOT if name is None else _checkout(name, scratch / "tree")
-    return functools.partial(_predict, root, scratch / "records.jsonl")
+    return functools.partial(_predict, root, scratch)
 
 
 def _checkout(revision: str, folder: Path) -> Path:
@@ -134,19 +134,20 @@ def _checkout(revision: str, folder: Path) -> Path:
     return folder
 
 
-def _predict(root: Path, path: Path, options: Options) -> list[Record]:
+def _predict(root: Path, scratch: Path, options: Options) -> list[Record]:
     """Predicts with the code of a tree; of what is not replayed there are static figures."""
-    found = _run_command("predict", root, path, options)
+    found = _run_command("predict", root, scratch, options)
     static = [entry["kernel"] for entry in found if entry["values"].get("note") == NOT_REPLAYED]
     if not static:
         return found
     options = dataclasses.replace(options, kernels=tuple(dict.fromkeys(static)))
     rest = [entry for entry in found if entry["kernel"] not in static]
-    return rest + _run_command("aot", root, path, options)
+    return rest + _run_command("aot", root, scratch, options)
 
 
-def _run_command(command: str, root: Path, path: Path, options: Options) -> list[Record]:
+def _run_command(command: str, root: Path, scratch: Path, options: Options) -> list[Record]:
     """The records of a command of a tree, in a process of its own."""
+    path = scratch / f"{command}.jsonl"
     words = [sys.executable, "-m", "microbench", command, *selection(options)]
     words += ["--json", str(path), "--seed", str(options.seed)]
     env = {**os.environ, "PYTHONPATH": str(root)}

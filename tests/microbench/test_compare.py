@@ -76,7 +76,7 @@ def test_what_is_not_replayed_is_compared_by_static_figures(tmp_path, monkeypatc
     """Of SparseCores those of a subcore; a kernel that is predicted is not compiled again."""
     asked = []
 
-    def run_command(command, root, path, options):
+    def run_command(command, root, scratch, options):
         asked.append((command, options.kernels))
         predicted, sparse = made("a", 5.0), made("b", None)
         if command == "predict":
@@ -93,6 +93,20 @@ def test_what_is_not_replayed_is_compared_by_static_figures(tmp_path, monkeypatc
     assert (same.case, same.verdict) == ("a", "same")
     assert (worse.figure, worse.before, worse.after) == ("bundles/subcore", 42, 44)
     assert worse.verdict == "slower"
+
+
+def test_a_tree_that_predicts_but_does_not_compile_is_an_error(tmp_path):
+    """What it predicted is not taken for static figures."""
+    program = tmp_path / "microbench" / "__main__.py"
+    program.parent.mkdir()
+    (program.parent / "__init__.py").touch()
+    line = json.dumps(made("a", None) | {"values": {"note": "not replayed"}})
+    program.write_text(
+        "import sys\nif sys.argv[1] == 'aot': sys.exit(7)\n"
+        f"open(sys.argv[sys.argv.index('--json') + 1], 'w').write({line!r})\n"
+    )
+    with pytest.raises(cli.UsageError, match="aot ends with exit status 7"):
+        compare._predict(tmp_path, tmp_path, cli.Options())
 
 
 def test_a_revision_is_predicted_with_its_own_code(tmp_path, monkeypatch):
