@@ -157,6 +157,7 @@ class _Watch:
             interpreter._update_clocks_for_global_barrier,
             interpreter.DMA,
         )
+        started = self.start
 
         def watched_wait(this: Any, value: Any, core: Any, **options: Any) -> None:
             info = getattr(options.get("logging_info"), "source_info", None)
@@ -177,9 +178,9 @@ class _Watch:
             barrier()
 
         class WatchedDma(dma):  # pyright: ignore[reportGeneralTypeIssues]
-            def __init__(this, *args: Any, **options: Any) -> None:
+            def __init__(self, *args: Any, **options: Any) -> None:
                 super().__init__(*args, **options)
-                self.start(this)
+                started(self)
 
         yield mock.patch.object(semaphore, "wait", watched_wait)
         yield mock.patch.object(memory, "set_failed", watched_failure)

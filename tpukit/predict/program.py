@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from tpukit.dumps import Allocation, Branch, Bundle, Dump
 from tpukit.errors import ListingError
@@ -279,5 +279,5 @@ class _Writer:
                 self.addresses[name] = self.spilled
                 self.spilled += 1
 
-    def _fail(self, address: int, what: str) -> None:
+    def _fail(self, address: int, what: str) -> NoReturn:
         raise ListingError(file=self.file, line=self.bundles[address].line, what=what)
