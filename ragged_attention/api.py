@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ragged_attention.kernel import ragged_attention_kernel
 from ragged_attention.layout import LANES, KVCache, pack_pages, round_up, token_rows
 from ragged_attention.plan import Explanation, Plan, Problem, plan_for
-from ragged_attention.plumbing import MISSING
+from ragged_attention.plumbing import entries
 from ragged_attention.problem import Call, problem_of, value_rules
 from ragged_attention.schedule import GROUP_ROWS, Batch
 from reference import ragged_attention as reference
@@ -284,10 +284,8 @@ def launch(
     rows = (
         round_up(problem.num_indices, LANES) // LANES + plan.keys // layout.page_size // LANES + 2
     )
-    legal = (batch.page_indices >= 0) & (batch.page_indices < problem.num_pages)
-    indices = jnp.where(legal, 2 * problem.page_units * batch.page_indices, MISSING)
     padding = rows * LANES - problem.num_indices
-    indices = jnp.pad(indices, (0, padding), constant_values=MISSING)
+    indices = entries(jnp.pad(batch.page_indices, (0, padding), constant_values=-1), problem)
     if problem.streams_pages:
         indices = indices.reshape(-1, LANES)
     operands = {"scales": scales, "indices": indices, "q": q}

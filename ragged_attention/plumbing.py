@@ -29,7 +29,10 @@ from tpukit.buffers import repeat
 
 Ref = Any
 LANE_BITS, GROUP_BITS = LANES.bit_length() - 1, GROUP_ROWS.bit_length() - 1
-MISSING = 1  # entry of a page that is not in the pool; those of others are even
+RUN = 32  # adjacent pages that move together
+JOINED = 64  # tokens of a page up to which that is worth looking for
+MISSING = 1  # bit 0 of a page's entry; then whether a RUN begins there, and the page's first unit
+RUN_BIT, UNITS_BIT = 1, 2
 FRESH_ABOVE = 2  # groups of a buffer of fresh rows above the first that is fetched
 
 
@@ -37,8 +40,7 @@ class Operands(NamedTuple):
     """Arrays in HBM, but for scales and a short list of pages (SMEM) and sinks (VMEM); T tokens."""
 
     scales: Ref  # [2, kv_heads] f32, of logits and of values
-    indices: Ref  # [..] i32 the list of pages, as twice the units of the cache before them, or
-    #               MISSING; if it is long, [.., 128]
+    indices: Ref  # [..] i32 the list of pages, as `entries`; if it is long, [.., 128]
     sinks: Ref  # None, or [q_heads, 128] f32, lanes equal
     q: Ref  # [T, q_heads, key_dim]
     fresh: Ref  # None, or [T, width] new rows in the type of the cache
@@ -79,7 +81,7 @@ class Scratch(NamedTuple):
     books: Record  # each field None, or [records]
     pages: Ref  # None, or [records, rows, 128] part of a long list of pages, for a record
     fetched: Ref  # [tiles] units on their way into a tile
-    missing: Ref  # [tiles] odd if pages of the tile are MISSING
+    missing: Ref  # [tiles] entries that have MISSING if one of the tile's pages has it
     stored: Ref  # [tiles] units on their way out of it
     leaving: Ref  # [2] tokens whose outputs are on their way
     sems: Sems
@@ -123,6 +125,21 @@ class Scratch(NamedTuple):
                 out=pltpu.SemaphoreType.DMA((2,)),
             ),
         )
+
+
+def entries(pages: jax.Array, problem: Problem) -> jax.Array:
+    """What the kernel is told of each page in the list: MISSING, or where it is in the pool.
+
+    Where a RUN begins, the next pages of the list, RUN in all, lie behind each other in the pool.
+    """
+    step = problem.page_units << UNITS_BIT
+    found = jnp.where((pages >= 0) & (pages < problem.num_pages), step * pages, MISSING)
+    if problem.layout.page_size > JOINED:
+        return found
+    steps = jnp.pad(found[1:] - found[:-1] == step, (0, 1))
+    for places in (1, 2, 4, 8, RUN // 2 - 1):  # of 2, 4, 8, 16 steps, and of RUN - 1
+        steps &= jnp.pad(steps[places:], (0, places))
+    return jnp.where(steps, found | 1 << RUN_BIT, found)
 
 
 def index_rows(problem: Problem, plan: Plan) -> int:
@@ -175,15 +192,15 @@ class Plumbing:
             target = self.vmem.pages.at[slot, pl.ds(row, 1)]
             act(pltpu.make_async_copy(source, target, self.vmem.sems.indices.at[slot]))
 
-    def entries_of(self, record: Noted) -> Callable[[Any], jax.Array]:
-        """The entries of a record's pages in the list, by their place in the tile."""
+    def entries_of(self, record: Noted) -> Callable[..., jax.Array]:
+        """The entries of a record's pages in the list: entry(place in the tile, how far behind)."""
         first, pages, slot = record.page, self.vmem.pages, record.slot
         if pages is None:
-            return lambda place: self.hbm.indices[first + place]
+            return lambda place, behind=0: self.hbm.indices[(first + place) + behind]
         first &= LANES - 1
 
-        def entry(place: Any) -> jax.Array:
-            index = first + place
+        def entry(place: Any, behind: int = 0) -> jax.Array:
+            index = (first + place) + behind
             return pages[slot, index >> LANE_BITS, index & (LANES - 1)]
 
         return entry

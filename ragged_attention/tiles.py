@@ -14,13 +14,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ragged_attention.flash import iota
-from ragged_attention.plumbing import FRESH_ABOVE, MISSING, Plumbing
+from ragged_attention.plumbing import (
+    FRESH_ABOVE,
+    JOINED,
+    MISSING,
+    RUN,
+    RUN_BIT,
+    UNITS_BIT,
+    Plumbing,
+)
 from ragged_attention.schedule import END, GROUP_ROWS, Noted
 from tpukit.buffers import repeat
 
 Ref = Any
-UNROLL = 4  # pages whose transfers are started together: scalar code has long latencies
-JOINED = 64  # tokens of a page up to which adjacent pages, twice as many, are worth looking for
+UNROLL = 8  # pages whose transfers are started together: scalar code has long latencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,29 +54,24 @@ class Tiles(Plumbing):
         size, pages = self.problem.page_units, self.pages(record)
         units = jnp.minimum(self.groups(record.span) * self.parts, pages * size)
         entry_at = self.entries_of(record)
-        joined = self.layout.page_size <= JOINED
-        unroll = 2 * UNROLL if joined else UNROLL
 
         def fetch(place: Any, entry: jax.Array, count: Any) -> None:
             """Starts to fetch units from a page on."""
-            self.move((self.hbm.cache, entry >> 1), (tile, place * size), count, sem)
+            self.move((self.hbm.cache, first_unit(entry)), (tile, place * size), count, sem)
 
-        def separately(i: jax.Array, entries: list[jax.Array]) -> None:
-            for j, entry in enumerate(entries):
-                fetch(i * unroll + j, entry, size)
+        def run(i: jax.Array, seen: jax.Array) -> jax.Array:
+            entry, begin = entry_at(i * RUN), i * (RUN // UNROLL)
+            adjacent = (entry >> RUN_BIT) & 1
+
+            # Loops of no pass or some: small conditions become predicates, which save nothing.
+            repeat(adjacent, lambda _: fetch(i * RUN, entry, RUN * size))
+            end = begin + jnp.where(adjacent == 1, 0, RUN // UNROLL)
+            return lax.fori_loop(begin, end, several, seen)
 
         def several(i: jax.Array, seen: jax.Array) -> jax.Array:
-            entries = [entry_at(i * unroll + j) for j in range(unroll)]
-            if not joined:
-                separately(i, entries)
-                return functools.reduce(jnp.bitwise_or, entries, seen)
-            apart = [entry ^ (entries[0] + 2 * size * j) for j, entry in enumerate(entries)]
-            adjacent = functools.reduce(jnp.bitwise_or, apart) == 0
-
-            # Loops of no or one pass: conditions this small become predicates, which save nothing.
-            together = unroll * size
-            repeat(adjacent.astype(jnp.int32), lambda _: fetch(i * unroll, entries[0], together))
-            repeat((~adjacent).astype(jnp.int32), lambda _: separately(i, entries))
+            entries = [entry_at(i * UNROLL, j) for j in range(UNROLL)]
+            for j, entry in enumerate(entries):
+                fetch(i * UNROLL + j, entry, size)
             return functools.reduce(jnp.bitwise_or, entries, seen)
 
         def one(place: jax.Array, seen: jax.Array) -> jax.Array:
@@ -77,9 +79,13 @@ class Tiles(Plumbing):
             fetch(place, entry, jnp.minimum(units - place * size, size))
             return seen | entry
 
-        full = units >> (unroll * size).bit_length() - 1
-        seen = lax.fori_loop(0, full, several, jnp.int32(0))
-        seen = lax.fori_loop(full * unroll, pages, one, seen)
+        done, seen = 0, jnp.int32(0)
+        if self.layout.page_size <= JOINED:
+            runs = units >> (RUN * size).bit_length() - 1
+            done, seen = runs * (RUN // UNROLL), lax.fori_loop(0, runs, run, seen)
+        full = units >> (UNROLL * size).bit_length() - 1
+        seen = lax.fori_loop(done, full, several, seen)
+        seen = lax.fori_loop(full * UNROLL, pages, one, seen)
         self.vmem.fetched[slot] = units
         self.vmem.missing[slot] = seen
 
@@ -122,7 +128,7 @@ class Tiles(Plumbing):
 
             @pl.when(~is_missing(entry))
             def _() -> None:
-                target = (entry >> 1) + (i & (size - 1))
+                target = first_unit(entry) + (i & (size - 1))
                 self.move((tile, i), (self.hbm.cache, target), 1, sem)
                 self.vmem.stored[slot] += 1
 
@@ -174,6 +180,11 @@ def at_least_once(begin: jax.Array, end: jax.Array, action: Callable[[Any], None
     """action(begin), ..., action(end - 1); most often once, and that without a loop."""
     action(begin)
     lax.fori_loop(begin + 1, end, lambda i, _: action(i), None)
+
+
+def first_unit(entry: jax.Array) -> jax.Array:
+    """Where a page begins in the cache."""
+    return entry >> UNITS_BIT
 
 
 def is_missing(entry: jax.Array) -> jax.Array:

@@ -42,6 +42,7 @@ class Shape:
     page_size: int = 128
     window: int = 0
     tree: bool = False
+    adjacent: bool = False  # pages of a request lie behind each other in the pool
     bounds_checks: bool = True
 
     @property
@@ -106,6 +107,7 @@ CASES = (
     _case("decode/2k", (2048,) * 128, **GQA),
     _case("decode/float8", (8192,) * 128, **FLOAT8),
     _case("decode/page-16", (8192,) * 128, page_size=16),
+    _case("decode/page-16 adjacent", (8192,) * 128, page_size=16, adjacent=True),
     _case("decode/100", (100,) * 128),
     _case("prefill/8k", (8192,), 8192, **GQA),
     _case("prefill/2k", (2048,), 2048, q_heads=64, kv_heads=8),
@@ -167,6 +169,7 @@ def _specs(shape: Shape) -> Inputs:
 def _steering(shape: Shape, seed: int) -> Inputs:
     """Lengths and pages as values, the large arrays as shapes."""
     order = np.random.default_rng(seed).permutation(shape.pool)[: sum(shape.pages)]
+    order = np.arange(len(order)) if shape.adjacent else order
     values = {
         "kv_lens": shape.kv_lens,
         "cu_q_lens": np.cumsum([0, *shape.q_lens]),

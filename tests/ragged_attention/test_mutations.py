@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 import ragged_attention as ra
-from ragged_attention import cache, flash, kernel, plumbing, problem, schedule, tiles
+from ragged_attention import api, cache, flash, kernel, plumbing, problem, schedule, tiles
 from reference import ragged_attention as reference
 from tests.ragged_attention import oracle
 from tests.ragged_attention.oracle import random_batch
@@ -73,7 +73,8 @@ def never_fades(state, s, v, compute):
     return new._replace(total=new.total + 0.01 * state.total)
 
 
-flash_fold = flash.fold
+flash_fold, entries = flash.fold, plumbing.entries
+RUN = 1 << plumbing.RUN_BIT
 attend_record, write_record = schedule.Walk.attend_record, schedule.Walk.write_record
 Pass, Plumbing = kernel.Pass, plumbing.Plumbing
 
@@ -116,7 +117,7 @@ FAULTS = {
     "the next page": (
         Plumbing,
         "entries_of",
-        changed(Plumbing.entries_of, lambda of: lambda place: of(place + 1)),
+        changed(Plumbing.entries_of, lambda of: lambda place, *behind: of(place + 1, *behind)),
         LATE,
     ),
     "writing ends early": (
@@ -148,6 +149,24 @@ def test_pages_out_of_the_pool_that_are_not_erased_are_seen(monkeypatch):
     assert passes(LATE, batch)
     monkeypatch.setattr(Pass, "erase_pages", nothing)
     assert not passes(LATE, batch)
+
+
+def test_runs_of_adjacent_pages_move_together_and_others_must_not(monkeypatch):
+    batch = random_batch(31, [1100, 530], [1, 3], num_pages=110, indices=110)
+    batch.pages[:] = np.roll(np.arange(110), -20)
+    batch.pages[64:] = batch.pages[:63:-1]
+    assert passes(LATE, batch)
+    monkeypatch.setattr(api, "entries", changed(entries, only_runs_begin))
+    assert passes(LATE, batch)
+    monkeypatch.setattr(api, "entries", changed(entries, lambda found: found | RUN))
+    assert not passes(LATE, batch)
+
+
+def only_runs_begin(found):
+    """Pages of a run but its first are said to be the pool's first."""
+    begins = found.reshape(-1, plumbing.RUN)
+    inner = (begins[:, :1] & RUN != 0) & (jnp.arange(plumbing.RUN) > 0)
+    return jnp.where(inner, 0, begins).reshape(-1)
 
 
 def test_garbage_behind_the_keys_is_seen(monkeypatch):

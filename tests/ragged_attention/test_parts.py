@@ -1,6 +1,7 @@
 """The package's rooms one by one: layouts, schedules, helpers, and what stands on the kernel."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import ragged_attention as ra
-from ragged_attention import schedule
+from ragged_attention import plumbing, schedule, tiles
 from ragged_attention.layout import CacheLayout, from_words, to_words
 from ragged_attention.schedule import END, FENCE, FIRST, LAST, WRITES, Batch, Limits, Record, Walk
 from tests.ragged_attention import oracle
@@ -48,6 +49,27 @@ def test_every_head_lies_in_an_aligned_window_of_the_row(heads, key_dim, value_d
             assert begin % 128 == 0 and 0 <= begin <= layout.width - window.width
             assert 0 <= window.offset(head) <= window.width - window.dim
             assert begin == int(window.lane(jnp.int32(head)))
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_entries_say_where_pages_are_and_where_runs_of_them_begin(page_size):
+    rng = np.random.default_rng(0)
+    pages = rng.integers(-2, 210, 300)
+    for begin, first, length in ((10, 3, 32), (60, 100, 31), (120, 5, 70), (268, 180, 32)):
+        pages[begin : begin + length] = first + np.arange(length)
+    layout = CacheLayout(1, 128, 128, "bfloat16", page_size)
+    of = types.SimpleNamespace(layout=layout, num_pages=200, page_units=layout.page_rows // 8)
+    found = np.asarray(plumbing.entries(jnp.asarray(pages, jnp.int32), of))
+    legal = (pages >= 0) & (pages < 200)
+    assert ((found & plumbing.MISSING == 1) == ~legal).all()
+    assert (tiles.first_unit(found)[legal] == pages[legal] * of.page_units).all()
+    begins = [
+        len(pages[i : i + 32]) == 32 and legal[i : i + 32].all()
+        and (np.diff(pages[i : i + 32]) == 1).all()
+        for i in range(300)
+    ]  # fmt: skip
+    assert sum(begins) == 40
+    assert (found >> plumbing.RUN_BIT & 1 == (begins if page_size == 16 else 0)).all()
 
 
 def test_a_token_takes_its_bytes():
