@@ -12,16 +12,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ragged_attention import flash
-from ragged_attention.flash import LOG2_E, Softmax, iota
+from ragged_attention.flash import LOG2_E, SUBLANES, Softmax, iota
 from ragged_attention.layout import LANES
-from ragged_attention.plan import SECTION, Style
+from ragged_attention.plan import MANY, Problem, Style
 from ragged_attention.schedule import FIRST, Noted
 from ragged_attention.tiles import Tiles
 from tpukit.buffers import repeat
+
+OPENED = 32  # tokens of a block of many that are laid out together when it opens
+HIGH = -(2**16)  # the upper half of a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +41,7 @@ class Blocks(Tiles):
 
         def section(first: Any, count: int) -> None:
             queries = self.queries_of(record, style.tokens)
-            q = queries[pl.ds(first, count)].astype(jnp.float32)
-            q = q[0] if style.tokens == 1 else jnp.swapaxes(q, 0, 1)
+            q = self.by_head(queries[pl.ds(first, count)], style)
             for h in range(self.layout.kv_heads):
                 x = q[h * group : (h + 1) * group].reshape(-1, dim)
                 halves = flash.halves(x * self.factor(h)) if style.split else (x,)
@@ -48,13 +51,22 @@ class Blocks(Tiles):
                     for at, rows in self.pieces(style, first, count):
                         self.vmem.scaled[h, rows, begin : begin + dim] = half[at]
 
-        self.sections(style, section)
+        self.sections(style, OPENED, section)
 
-    def sections(self, style: Style, action: Callable[[Any, int], None]) -> None:
+    def by_head(self, q: jax.Array, style: Style) -> jax.Array:
+        """[q_heads, tokens, dim] f32 from queries [tokens, q_heads, dim]; of a token no axis."""
+        if not in_words(self.problem, style):
+            q = q.astype(jnp.float32)
+            return q[0] if style.tokens == 1 else jnp.swapaxes(q, 0, 1)
+        words = jnp.swapaxes(pltpu.bitcast(q, jnp.int32), 0, 1)  # of two heads
+        halves = [pltpu.bitcast(x, jnp.float32) for x in (words << 16, words & HIGH)]
+        return jnp.stack(halves, axis=1).reshape(-1, *words.shape[1:])
+
+    def sections(self, style: Style, size: int, action: Callable[[Any, int], None]) -> None:
         """action(first token, tokens) for sections of a block, which are laid out one by one."""
-        if style.columns and style.tokens > SECTION:
-            count = style.tokens // SECTION
-            repeat(count, lambda i: action(pl.multiple_of(i * SECTION, SECTION), SECTION))
+        if style.columns and style.tokens > max(size, MANY):
+            count = style.tokens // size
+            repeat(count, lambda i: action(pl.multiple_of(i * size, size), size))
         else:
             action(0, style.tokens)
 
@@ -116,9 +128,12 @@ class Blocks(Tiles):
 
     def found(self, head: int, rows: Any, style: Style, unseen: Any) -> tuple[jax.Array, jax.Array]:
         """Output rows of a head, and the logarithms of their sums, [rows, 128] of equal lanes."""
+        scale = self.hbm.scales[1, head]
         if not style.columns:
-            return flash.finish(self.known(head, rows, style, unseen))
-        return flash.finish_columns(self.columns_of(head, rows))
+            o, lse = flash.finish(self.known(head, rows, style, unseen))
+            return o * scale, lse
+        dtype = jnp.bfloat16 if in_words(self.problem, style) else jnp.float32
+        return flash.finish_columns(self.columns_of(head, rows), scale, dtype)
 
     def close(self, record: Noted, style: Style) -> None:
         """Divides by the sums, lays out by token and starts to write the outputs."""
@@ -127,25 +142,28 @@ class Blocks(Tiles):
         window, dim, unseen = self.layout.vals, self.layout.value_dim, record.has(FIRST)
         unseen &= record.span == 0
 
+        words = in_words(self.problem, style)
+        by_token = from_words if words else lambda o: jnp.swapaxes(o, 0, 1)
+
         def section(first: Any, count: int) -> None:
             outputs, sums = [], []
             for h in heads:
                 for _, rows in self.pieces(style, first, count):
                     o, lse = self.found(h, rows, style, unseen)
-                    o *= self.hbm.scales[1, h]
+                    o = pltpu.bitcast(o, jnp.int32) if words else o
                     if offset := window.offset(h):
                         o = pltpu.roll(o, window.width - offset, 1)
-                    o = o[:, :dim]
-                    outputs.append(o if style.tokens == 1 else o.reshape(-1, count, dim))
+                    o, each = o[:, :dim], count // 2 if words else count
+                    outputs.append(o if style.tokens == 1 else o.reshape(-1, each, dim))
                     sums.append(lse)
             o = jnp.concatenate(outputs, axis=0)
-            o = o[None] if style.tokens == 1 else jnp.swapaxes(o, 0, 1)
+            o = o[None] if style.tokens == 1 else by_token(o)
             self.out_of(record, style.tokens)[pl.ds(first, count)] = o.astype(self.problem.dtype)
             if self.vmem.lse is not None:
                 lse = jnp.concatenate(sums, axis=0).reshape(-1, count, LANES)
                 self.vmem.lse[slot, pl.ds(first, count)] = self.by_token(lse)
 
-        self.sections(style, section)
+        self.sections(style, LANES, section)
         self.start_out(record)
 
     def by_token(self, lse: jax.Array) -> jax.Array:
@@ -156,3 +174,19 @@ class Blocks(Tiles):
         for head in range(self.problem.q_heads):
             out = jnp.where(lane == head, flash.wide(lse[head], shape[1]), out)
         return out
+
+
+def in_words(problem: Problem, style: Style) -> bool:
+    """Whether a block's queries and outputs are laid out as words of two values: half as many."""
+    whole = problem.q_heads % (2 * SUBLANES) == 0
+    return style.columns and problem.dtype == jnp.bfloat16 and whole
+
+
+def from_words(words: jax.Array) -> jax.Array:
+    """[tokens, heads, dim] bf16 from words of two tokens each, [heads, tokens / 2, dim] int32."""
+    heads = words.reshape(-1, 2, *words.shape[1:])
+    one, other = heads[:, 0], heads[:, 1]
+    even = (one & ~HIGH) | (other << 16)
+    odd = lax.shift_right_logical(one, 16) | (other & HIGH)
+    tokens = jnp.stack([jnp.swapaxes(x, 0, 1) for x in (even, odd)], axis=1)
+    return pltpu.bitcast(tokens.reshape(-1, *tokens.shape[2:]), jnp.bfloat16)

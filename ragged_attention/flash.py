@@ -165,8 +165,8 @@ def select(chosen: jax.Array, a: Softmax, b: Softmax) -> Softmax:
     return Softmax(*(one(x, y) for x, y in zip(a, b, strict=True)))
 
 
-def finish_columns(state: Softmax) -> tuple[jax.Array, jax.Array]:
-    """As `finish`: rows."""
+def finish_columns(state: Softmax, scale: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """As `finish`: rows, of a type, and times a scale."""
     inverse, lse = inverse_and_lse(state)
-    o = state.o * inverse[:1]
+    o = (state.o * (inverse * scale)[:1]).astype(dtype)
     return o.T, jnp.concatenate([lse] * (LANES // SUBLANES), axis=0).T

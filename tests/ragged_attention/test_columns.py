@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ragged_attention as ra
-from ragged_attention import columns, flash
+from ragged_attention import blocks, columns, flash
 from ragged_attention.plan import style_of
 from tests.ragged_attention import oracle
 from tests.ragged_attention.oracle import random_batch
@@ -72,6 +72,21 @@ def passes(batch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(kind):
     check_gates(batch_of(kind), run(batch_of(kind), plan=WIDE))
+
+
+def in_words():
+    """Heads that are laid out two in a word, in windows of others; blocks of several sections."""
+    more = {"q_heads": 16, "kv_heads": 2, "key_dim": 64, "value_dim": 80}
+    return random_batch(
+        42, [600, 150], [140, 90], tokens=256, num_pages=60, indices=60, **more
+    ), dataclasses.replace(PLAN, queries=128)
+
+
+def test_heads_in_words():
+    batch, plan = in_words()
+    problem = ra.explain(*batch.args(), **batch.options, chip="tpu7x", plan=plan).problem
+    assert blocks.in_words(problem, style_of(problem, plan.queries, 256))
+    check_gates(batch, run(batch, plan=plan))
 
 
 def test_trees():
