@@ -15,7 +15,7 @@ from ragged_attention import flash
 from ragged_attention.blocks import Blocks
 from ragged_attention.flash import UNSEEN, iota
 from ragged_attention.layout import LANES
-from ragged_attention.plan import Style
+from ragged_attention.plan import Style, heads_at_once
 from ragged_attention.schedule import Noted
 from tpukit.buffers import repeat
 
@@ -55,10 +55,12 @@ class Strip(NamedTuple):
 class Chunks(Blocks):
     """What is computed with, for rows and for columns alike."""
 
-    def some_heads(self, style: Style, action: Callable[[list[Any]], None]) -> None:
-        """action(heads) for all of them, as many together as the style unrolls."""
+    def some_heads(
+        self, style: Style, action: Callable[[list[Any]], None], *, whole: bool = False
+    ) -> None:
+        """action(heads) for all of them, as many together as are unrolled."""
         heads = self.layout.kv_heads
-        step = style.heads_at_once(heads)
+        step = heads_at_once(style, self.layout, self.plan, whole=whole)
         if step == heads:
             action(list(range(heads)))
         else:

@@ -20,10 +20,9 @@ from ragged_attention.chunks import Chunk, Strip
 from ragged_attention.flash import UNSEEN
 from ragged_attention.plan import Style
 from ragged_attention.rows import Rows
-from ragged_attention.schedule import Noted
+from ragged_attention.schedule import GROUP_ROWS, Noted
 from tpukit.buffers import repeat
 
-LOOK = 64  # keys that are looked at first: a group of any type
 FAR = 32.0  # to base 2: weights stay below 2^32, and a value may be as large as 2^90
 
 
@@ -35,25 +34,35 @@ class Columns(Rows):
         """All heads' columns meet a chunk."""
         index = self.chunk_index(chunk)
 
+        # A strip's logits are made before the strip before is done if matrix units can hold both.
+        ahead = 0 if chunk.size == self.plan.chunk else 1
+
+        def add(strip: Strip, s: jax.Array, v: jax.Array) -> None:
+            old = self.columns_of(strip.head, strip.rows)
+            new, far = flash.add(old, s, v)
+            self.vmem.far[index, strip.head, :, strip.rows] = far
+            near = far <= FAR  # not so where it is NaN
+            self.keep_columns(strip.head, strip.rows, flash.select(near, new, old))
+
         def some(heads: list[Any]) -> None:
             masks: dict[Any, jax.Array] = {}
+            made: list[tuple[Strip, jax.Array, jax.Array]] = []
             for head in heads:
                 k = self.keys_of(head, chunk)
                 v = flash.turned(self.values_of(record, head, chunk))
                 for columns in style.strips:
                     strip = Strip(head, *columns)
-                    s = self.logits(record, chunk, style, strip, k, masks)
-                    old = self.columns_of(head, strip.rows)
-                    new, far = flash.add(old, s, v)
-                    self.vmem.far[index, head, :, strip.rows] = far
-                    near = far <= FAR  # not so where it is NaN
-                    self.keep_columns(head, strip.rows, flash.select(near, new, old))
+                    made.append((strip, self.logits(record, chunk, style, strip, k, masks), v))
+                    if len(made) > ahead:
+                        add(*made.pop(0))
+            for one in made:
+                add(*one)
 
-        self.some_heads(style, some)
+        self.some_heads(style, some, whole=chunk.doubtful == chunk.size)
 
     def look(self, record: Noted, slot: jax.Array, style: Style) -> None:
         """Before the first tile: columns know the largest logit of some keys that they see."""
-        size = self.plan.chunk if self.problem.windowed else LOOK
+        size = self.plan.chunk if self.problem.windowed else GROUP_ROWS * self.layout.pack
         chunk = Chunk(slot, 0, size, 0, 0)
 
         def some(heads: list[Any]) -> None:

@@ -127,6 +127,8 @@ class Pass(Columns):
             def _() -> None:
                 place = self.fresh_slot(index)
                 self.await_fresh(record, place)
+                if self.walk.limits.may_write_ahead:
+                    self.await_store(slot)
                 self.mend(record, slot, self.vmem.fresh.at[place])
                 begin, end = self.whole_group(record.cached), self.groups(record.span)
                 self.store_groups(record, slot, begin, end)
@@ -154,6 +156,7 @@ class Pass(Columns):
         # Of one resident token, to do it all again is less than a branch.
         branch = style.tokens > 1 or not self.problem.resident
         chunk, meet = self.plan.chunk, self.columns if style.columns else self.rows
+        sizes = self.plan.key_sizes(style)
 
         def first() -> None:
             self.open(record, style)
@@ -170,12 +173,12 @@ class Pass(Columns):
             begin = i * chunk
 
             def part(size: int) -> None:
-                full = max([0, *(smaller for smaller in self.plan.key_sizes if smaller < size)])
+                full = max([0, *(smaller for smaller in sizes if smaller < size)])
                 doubtful = max(full - style.tokens, 0) // LANES * LANES
                 doubtful = 0 if self.problem.windowed else doubtful
                 meet(record, Chunk(slot, begin, size, full, doubtful), style)
 
-            smallest(record.span - begin, self.plan.key_sizes, part)
+            smallest(record.span - begin, sizes, part)
 
         bits = chunk.bit_length() - 1
         if style.tokens == 1 and not (self.problem.windowed or self.problem.tree):  # it sees all

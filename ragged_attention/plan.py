@@ -148,10 +148,12 @@ class Plan:
         """Keys that are computed together, a power of two that divides a tile."""
         return math.gcd(self.keys, CHUNK if self.queries <= SECTION else CHUNK // 2)
 
-    @property
-    def key_sizes(self) -> tuple[int, ...]:
+    def key_sizes(self, style: Style) -> tuple[int, ...]:
         """Numbers of keys that it is specialised for where a chunk is not full, ascending."""
-        return (self.chunk // 4, self.chunk // 2, self.chunk)
+        quarters = (1, 2, 4)
+        if style.columns:  # the largest blocks are most of a prefill
+            quarters = (1, 2, 3, 4) if style.tokens == self.queries else (1, 4)
+        return tuple(self.chunk // 4 * n for n in quarters)
 
     @property
     def records(self) -> int:
@@ -213,12 +215,6 @@ class Style:
         step = math.gcd(self.rows, STRIP_COLUMNS) if self.columns else min(self.rows, STRIP_ROWS)
         return [(r, min(step, self.rows - r)) for r in range(0, self.rows, step)]
 
-    def heads_at_once(self, kv_heads: int) -> int:
-        """Key/value heads whose code is unrolled."""
-        if self.unrolled:
-            return kv_heads
-        return math.gcd(kv_heads, max(1, STRIPS_AT_ONCE // len(self.strips)))
-
 
 def style_of(problem: Problem, tokens: int, side: int) -> Style:
     """The style of blocks of `tokens`; `side` is the size of the chip's matrix unit."""
@@ -232,6 +228,18 @@ def style_of(problem: Problem, tokens: int, side: int) -> Style:
         split=columns and 2 * problem.layout.keys.width <= side,
         unrolled=tokens < MANY,
     )
+
+
+def heads_at_once(style: Style, layout: CacheLayout, plan: Plan, *, whole: bool = False) -> int:
+    """Key/value heads whose code is unrolled; `whole`: for whole chunks, which have less code."""
+    if style.unrolled:
+        return layout.kv_heads
+    strips = STRIPS_AT_ONCE
+    if style.tokens <= MANY:  # few of a prefill's blocks
+        strips //= 2
+    elif whole and plan.chunk * layout.keys.width < CHUNK * LANES:
+        strips *= 2
+    return math.gcd(layout.kv_heads, max(1, strips // len(style.strips)))
 
 
 def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -291,7 +299,7 @@ def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
 def code_size(problem: Problem, plan: Plan, side: int) -> int:
     """Products of registers in the code of the largest block, which is unrolled."""
     style, layout = style_of(problem, plan.queries, side), problem.layout
-    heads = style.heads_at_once(layout.kv_heads)
+    heads = heads_at_once(style, layout, plan)
     lanes = (layout.keys.width + layout.vals.width) // LANES
     passes = F32_PASSES if problem.compute_dtype == jnp.float32 else 1
     return heads * -(-style.rows // 8) * (plan.chunk // LANES) * lanes * passes

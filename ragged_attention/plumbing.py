@@ -205,10 +205,10 @@ class Plumbing:
 
         return entry
 
-    def pages(self, record: Noted) -> jax.Array:
-        """How many pages the tile has; all are in the list."""
+    def pages(self, keys: jax.Array) -> jax.Array:
+        """How many pages the first keys of a tile have; all are in the list."""
         size = self.layout.page_size
-        return (record.span + size - 1) >> (size.bit_length() - 1)
+        return (keys + size - 1) >> (size.bit_length() - 1)
 
     def groups(self, keys: jax.Array) -> jax.Array:
         """Groups of rows of words that hold so many keys."""

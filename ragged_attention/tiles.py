@@ -23,7 +23,7 @@ from ragged_attention.plumbing import (
     UNITS_BIT,
     Plumbing,
 )
-from ragged_attention.schedule import END, GROUP_ROWS, Noted
+from ragged_attention.schedule import END, GROUP_ROWS, WRITES, Noted
 from tpukit.buffers import repeat
 
 Ref = Any
@@ -47,12 +47,17 @@ class Tiles(Plumbing):
 
     def fetch_tile(self, record: Noted, slot: jax.Array) -> None:
         """Starts to fetch a tile; small pages that are adjacent move together."""
-        if self.problem.update:
-            self.await_store(slot)
         self.indices(record.slot, record.page, lambda copy: copy.wait())
         tile, sem = self.vmem.tiles.at[slot], self.vmem.sems.tiles.at[slot]
-        size, pages = self.problem.page_units, self.pages(record)
-        units = jnp.minimum(self.groups(record.span) * self.parts, pages * size)
+        keys = record.span
+        if self.walk.limits.may_write_ahead:  # only a group that is partly in the cache is needed
+            whole = self.whole_group(record.cached) == self.groups(record.cached)
+            keys = jnp.where(record.has(WRITES), jnp.where(whole, 0, record.cached), keys)
+            pl.when(keys > 0)(lambda: self.await_store(slot))
+        elif self.problem.update:
+            self.await_store(slot)
+        size, pages = self.problem.page_units, self.pages(keys)
+        units = jnp.minimum(self.groups(keys) * self.parts, pages * size)
         entry_at = self.entries_of(record)
 
         def fetch(place: Any, entry: jax.Array, count: Any) -> None:
@@ -102,7 +107,7 @@ class Tiles(Plumbing):
     def erase_pages(self, record: Noted, slot: jax.Array) -> None:
         """Zeroes the pages of a tile that are not in the pool, new rows and all."""
         tile = self.vmem.tiles.at[slot]
-        repeat(self.pages(record), lambda place: self.erase(record, tile, place))
+        repeat(self.pages(record.span), lambda place: self.erase(record, tile, place))
 
     def erase(self, record: Noted, tile: Ref, place: jax.Array) -> None:
         """Zeroes a page of a tile that is not in the pool."""
@@ -123,18 +128,23 @@ class Tiles(Plumbing):
         size = self.problem.page_units
         shift = size.bit_length() - 1
 
-        def store(i: jax.Array) -> None:
-            entry = self.entries_of(record)(i >> shift)
+        first = begin * self.parts
+        # Pages smaller than a group: the next one is another request's.
+        last = jnp.minimum(end * self.parts, self.pages(record.span) << shift)
+
+        def store(place: jax.Array) -> None:
+            entry = self.entries_of(record)(place)
 
             @pl.when(~is_missing(entry))
             def _() -> None:
-                target = first_unit(entry) + (i & (size - 1))
-                self.move((tile, i), (self.hbm.cache, target), 1, sem)
-                self.vmem.stored[slot] += 1
+                page = place << shift
+                here = jnp.maximum(page, first)
+                count = jnp.minimum(page + size, last) - here
+                target = first_unit(entry) + here - page
+                self.move((tile, here), (self.hbm.cache, target), count, sem)
+                self.vmem.stored[slot] += count
 
-        # Pages smaller than a group: the next one is another request's.
-        last = jnp.minimum(end * self.parts, self.pages(record) << shift)
-        at_least_once(begin * self.parts, last, store)
+        at_least_once(first >> shift, (last + size - 1) >> shift, store)
 
     def await_store(self, slot: jax.Array) -> None:
         """Waits until a tile's new rows are in the cache."""
@@ -196,8 +206,14 @@ def shifted(tokens: Ref, pack: int, place: jax.Array, fields: jax.Array) -> jax.
     """GROUP_ROWS rows of words from row `place` and, by `fields` bits, from the rows behind."""
     aligned = pl.multiple_of((place & -GROUP_ROWS) * pack, GROUP_ROWS * pack)
     rows = pltpu.bitcast(tokens[pl.ds(aligned, 2 * GROUP_ROWS * pack)], jnp.int32)
-    down = 2 * GROUP_ROWS - (place & (GROUP_ROWS - 1))
-    here = pltpu.roll(rows, down, 0)[:GROUP_ROWS]
-    behind = pltpu.roll(rows, down - 1, 0)[:GROUP_ROWS]
+    row = iota((GROUP_ROWS, 1), 0)
+
+    def rows_from(first: jax.Array) -> jax.Array:
+        up = (GROUP_ROWS - first) & (GROUP_ROWS - 1)
+        one, other = (pltpu.roll(half, up, 0) for half in (rows[:GROUP_ROWS], rows[GROUP_ROWS:]))
+        return jnp.where(row < GROUP_ROWS - first, one, other)
+
+    first = place & (GROUP_ROWS - 1)
+    here, behind = rows_from(first), rows_from(first + 1)
     low = lax.shift_right_logical(here, jnp.broadcast_to(fields, here.shape))
     return low | jnp.where(fields == 0, 0, jnp.left_shift(behind, (32 - fields) & 31))

@@ -21,7 +21,7 @@ import ragged_attention as ra
 from microbench import peers as others
 from microbench.case import Call, Case, Check, Cost
 from microbench.cases._attention_models import MODELS, SITUATIONS
-from ragged_attention.plan import style_of
+from ragged_attention.plan import heads_at_once, style_of
 from tpukit import interpret
 from tpukit.chips import chip as chip_named
 from tpukit.listing import Region
@@ -439,15 +439,15 @@ def figures(case: Case, report: Any) -> dict[str, float]:
     problem, plan = found.problem, found.plan
     regions = [*kernel.outside, *(r for loop in kernel.loops for r in loop.regions)]
     busy = sorted((r for r in regions if r.ops.matmuls), key=lambda r: r.start)
-    if max(shape.q_lens) == 1:
-        busy = busy[: len(plan.key_sizes)]
-    tile: Region = min(busy, key=lambda r: (-r.ops.matmuls, r.bundles))
     tokens = plan.queries if max(shape.q_lens) > 1 else 1
     style = style_of(problem, tokens, chip_named(report.chip).mxu_side)
+    if tokens == 1:
+        busy = busy[: len(plan.key_sizes(style))]
+    tile: Region = min(busy, key=lambda r: (-r.ops.matmuls, r.bundles))
     return {
         "chunk keys": plan.chunk,
         "block queries": tokens,
-        "chunk heads": style.heads_at_once(shape.kv_heads),
+        "chunk heads": heads_at_once(style, problem.layout, plan, whole=True),
         "chunk bundles": tile.bundles,
         "chunk MXU %": 100 * tile.ops.mxu / (2 * tile.bundles),
         "chunk spills/bundle %": 100 * tile.ops.spill / tile.bundles,
