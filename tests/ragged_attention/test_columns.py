@@ -28,6 +28,7 @@ KINDS = {
     "dims 64 and 80, windows": {
         "key_dim": 64, "value_dim": 80, "kv_heads": 2, "window": WINDOWS,
     },
+    "16 heads": {"q_heads": 16, "kv_heads": 2, "key_dim": 64, "value_dim": 80},
     "not causal, dim 256": {"causal": False, "key_dim": 256},
     "latents, windows": {  # in rows
         "key_dim": 192, "value_dim": 128, "latent": True, "window": WINDOWS,
@@ -76,10 +77,8 @@ def test_kinds(kind):
 
 def in_words():
     """Heads that are laid out two in a word, in windows of others; blocks of several sections."""
-    more = {"q_heads": 16, "kv_heads": 2, "key_dim": 64, "value_dim": 80}
-    return random_batch(
-        42, [600, 150], [140, 90], tokens=256, num_pages=60, indices=60, **more
-    ), dataclasses.replace(PLAN, queries=128)
+    batch = batch_of("16 heads", ([600, 150], [140, 90]))
+    return batch, dataclasses.replace(PLAN, queries=128)
 
 
 def test_heads_in_words():
