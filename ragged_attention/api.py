@@ -14,6 +14,7 @@ from ragged_attention.layout import LANES, KVCache, pack_pages, round_up, token_
 from ragged_attention.plan import Explanation, Plan, Problem, plan_for
 from ragged_attention.plumbing import entries
 from ragged_attention.problem import Call, problem_of, value_rules
+from ragged_attention.row_scales import listed
 from ragged_attention.schedule import GROUP_ROWS, Batch
 from reference import ragged_attention as reference
 from tpukit import checks
@@ -95,8 +96,9 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
       soft_cap: logits become soft_cap * tanh(logits / soft_cap).
       sm_scale: of the logits, key_dim ** -0.5 by default.
       q_scale: of q: a number or [] (exact), [q_heads], [tokens, 1] or [tokens, q_heads] (rounded).
-      k_scale, v_scale: of cached keys and values, a number, [], [kv_heads] or, by the reference
-        only, [pages, page_size, kv_heads]. New ones are divided by it as they are written.
+      k_scale, v_scale: of cached keys and values, a number, [], [kv_heads] or, of every row,
+        [pages, page_size, kv_heads]. New ones are divided by it as they are written. Scales of rows
+        are gathered for the whole list of pages first, so keep its padding short.
       temperature_len: logits of a query at position p beyond it are multiplied by
         log(p) / log(temperature_len).
       query_starts: [requests] int32 position of each request's first query token among the keys
@@ -301,6 +303,8 @@ def launch(
         below = -tokens % GROUP_ROWS + plan.queries + GROUP_ROWS
         padded = jnp.pad(words, ((0, below), (0, LANES - words.shape[1])))
         operands["tree"] = jax.lax.bitcast_convert_type(padded, jnp.int32)
+    for name, scale in call.row_scales().items():
+        operands[name] = listed(scale, batch.page_indices, problem)
     cache = call.cache.words
     grouped = problem.unit == GROUP_ROWS
     operands["cache"] = cache.reshape(-1, GROUP_ROWS, layout.width) if grouped else cache

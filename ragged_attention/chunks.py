@@ -91,12 +91,33 @@ class Chunks(Blocks):
             words = jnp.concatenate([words[:sure], last], axis=0) if sure else last
         return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
 
+    def key_factor(self, head: Any, chunk: Chunk) -> jax.Array:
+        """What q . k is multiplied by; [1, size] where rows have scales.
+
+        NaN where that of the value is not finite, for the reason that `layout.contained` has.
+        """
+        factor = self.factor(head)
+        if self.problem.k_scales:
+            factor *= self.scales_of(self.vmem.k_scales, head, *chunk[:3])
+        if self.problem.v_scales:
+            v = self.scales_of(self.vmem.v_scales, head, *chunk[:3])
+            factor = jnp.where(jnp.isfinite(v), factor, jnp.nan)
+        return factor
+
+    def value_scales(self, head: Any, chunk: Chunk) -> jax.Array | None:
+        """[1, size] scales of a head's values, if rows have some; 0 where they are not finite."""
+        if not self.problem.v_scales:
+            return None
+        v = self.scales_of(self.vmem.v_scales, head, *chunk[:3])
+        return jnp.where(jnp.isfinite(v), v, 0.0)
+
     def logits(
         self, record: Noted, chunk: Chunk, style: Style, strip: Strip, k: jax.Array, masks: dict
     ) -> jax.Array:
         """[rows, keys], or [keys, columns]; `masks` keeps those of strips of other heads."""
         q = self.vmem.scaled[strip.head, strip.rows, : k.shape[1] * (1 + style.split)]
-        s = flash.logits(q, k, self.factor(strip.head), self.problem.soft_cap, style.columns)
+        factor = self.key_factor(strip.head, chunk)
+        s = flash.logits(q, k, factor, self.problem.soft_cap, style.columns)
         if chunk.doubtful == chunk.size:
             return s
         axis, count = style.keys_axis, strip.count

@@ -95,12 +95,30 @@ def logits(
     return s if soft_cap is None else (soft_cap * LOG2_E) * jnp.tanh(s)
 
 
-def fold(state: Softmax, s: jax.Array, v: jax.Array, compute: Any) -> Softmax:
-    """Takes keys into account: logits s [rows, keys], values v [keys, value width]."""
+def weighted(weights: jax.Array, scale: jax.Array | None, v: jax.Array) -> jax.Array:
+    """[rows, value width] sum of weights [rows, keys] times values [keys, value width].
+
+    With scales of the values, [1, keys] f32, weights times scales are multiplied as `halves`, one
+    above the other, so that they are not rounded once more.
+    """
+    if scale is None:
+        return dot(weights, v, (1, 0))
+    scaled = weights.astype(jnp.float32) * scale
+    if v.dtype == jnp.float32:
+        return dot(scaled, v, (1, 0))
+    both = jnp.concatenate([half.astype(jnp.float32) for half in halves(scaled)], axis=0)
+    o = dot(both.astype(v.dtype), v, (1, 0))
+    return o[: len(scaled)] + o[len(scaled) :]
+
+
+def fold(
+    state: Softmax, s: jax.Array, v: jax.Array, compute: Any, scale: jax.Array | None = None
+) -> Softmax:
+    """Takes keys into account: logits s [rows, keys], values v [keys, value width] and scales."""
     top = jnp.maximum(state.top, jnp.max(s, axis=1, keepdims=True))
     weights = jnp.exp2(s - wide(top, s.shape[1])).astype(compute)
     fade = jnp.exp2(state.top - top)
-    o = dot(weights, v, (1, 0))
+    o = weighted(weights, scale, v)
     total = jnp.sum(weights.astype(jnp.float32), axis=1, keepdims=True)
     return Softmax(top, state.total * fade + total, state.o * wide(fade, o.shape[1]) + o)
 

@@ -120,6 +120,7 @@ class Pass(Columns):
         """Writes a record's new rows; attends with its block."""
         record, slot = self.record(index), self.tile(index)
         self.await_tile(slot)
+        self.await_scales(record, slot)
         fresh = record.cached < record.span
         if self.problem.update:
 

@@ -54,7 +54,7 @@ class Problem:
       update: new keys and values are given.
       placed: positions of queries are given.
       lse: the logarithms of the softmax's sums are wanted.
-      row_scales: rows of the pool have scales of their own, which only the reference knows.
+      k_scales, v_scales: rows of keys, of values, have scales of their own.
     """
 
     num_tokens: int
@@ -72,12 +72,18 @@ class Problem:
     update: bool
     placed: bool
     lse: bool
-    row_scales: bool = False
+    k_scales: bool = False
+    v_scales: bool = False
 
     @property
     def any_work(self) -> bool:
         """Whether there are tokens, requests and pages at all."""
         return bool(self.num_tokens and self.num_requests and self.num_pages)
+
+    @property
+    def row_scales(self) -> bool:
+        """Whether rows of the pool have scales of their own."""
+        return self.k_scales or self.v_scales
 
     @property
     def compute_dtype(self) -> Any:
@@ -221,6 +227,7 @@ def style_of(problem: Problem, tokens: int, side: int) -> Style:
     rows = tokens * problem.group
     columns = tokens >= MANY and rows % LANES == 0 and problem.compute_dtype != jnp.float32
     columns &= not problem.layout.latent  # values as wide as those take too long to turn
+    columns &= not problem.row_scales  # their keys would be along sublanes
     return Style(
         tokens=tokens,
         rows=rows,
@@ -275,6 +282,9 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
         found["tree"] = ((plan.blocks, queries + GROUP_ROWS, LANES), jnp.int32)
     if problem.lse:
         found["lse"] = ((2, round_up(queries, 8), problem.lse_lanes), f32)
+    for name in ("k_scales", "v_scales"):
+        if getattr(problem, name):
+            found[name] = ((plan.tiles, plan.keys // LANES + 1, heads, LANES), f32)
     return found
 
 
@@ -286,7 +296,8 @@ def vmem_bytes(problem: Problem, plan: Plan, chip: Chip) -> int:
 def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
     """Bytes that the kernel may need: the buffers, and room for logits and what is spilled."""
     strip = min(STRIP_ROWS, max(8, plan.queries * problem.group))
-    values = strip * plan.chunk * 4 * 4 + plan.chunk * problem.layout.width * 2
+    arrays = 6 if problem.v_scales else 4  # of logits, weights and their halves
+    values = strip * plan.chunk * 4 * arrays + plan.chunk * problem.layout.width * 2
     dim = round_up(max(problem.layout.key_dim, problem.layout.value_dim), LANES)
     laid = 2 * round_up(problem.q_heads, 8) * dim * 4  # a token that is laid out
     if style_of(problem, plan.queries, chip.mxu_side).columns:
@@ -300,8 +311,9 @@ def code_size(problem: Problem, plan: Plan, side: int) -> int:
     """Products of registers in the code of the largest block, which is unrolled."""
     style, layout = style_of(problem, plan.queries, side), problem.layout
     heads = heads_at_once(style, layout, plan)
-    lanes = (layout.keys.width + layout.vals.width) // LANES
     passes = F32_PASSES if problem.compute_dtype == jnp.float32 else 1
+    halves = 2 if problem.v_scales and passes == 1 else 1
+    lanes = (layout.keys.width + layout.vals.width * halves) // LANES
     return heads * -(-style.rows // 8) * (plan.chunk // LANES) * lanes * passes
 
 
@@ -452,16 +464,14 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
             advice="Split the batch.",
         )
     float4 = problem.layout.dtype == "float4_e2m1fn" and chip.name != "tpu7x"
-    for refused, what, why, instead in (
-        (problem.row_scales, "a k_scale or v_scale for each row of the cache",
-         "the kernel has scales of heads only", "scales of heads"),
-        (float4, "a cache of float4_e2m1fn", "its vector units do not know it", "float8_e4m3fn"),
-    ):  # fmt: skip
-        if refused:
-            advice = f"Use {instead}, or implementation='reference'."
-            raise UnsupportedError(
-                where="ragged_attention", what=what, place=chip.name, why=why, advice=advice
-            )
+    if float4:
+        raise UnsupportedError(
+            where="ragged_attention",
+            what="a cache of float4_e2m1fn",
+            place=chip.name,
+            why="its vector units do not know it",
+            advice="Use float8_e4m3fn, or implementation='reference'.",
+        )
     plan, source, why = PLANS.choose(problem, chip, plan)
     used = vmem_bytes(problem, plan, chip)
     return Explanation(problem, plan, source, why, used, chip.vmem_bytes)

@@ -45,6 +45,8 @@ class Operands(NamedTuple):
     q: Ref  # [T, q_heads, key_dim]
     fresh: Ref  # None, or [T, width] new rows in the type of the cache
     tree: Ref  # None, or [T, 128] i32, words of ancestors in lanes 0 and 1
+    k_scales: Ref  # None, or [blocks, kv_heads, 128] f32 of listed rows, see `row_scales.py`
+    v_scales: Ref  # likewise
     o: Ref  # [T, q_heads, value_dim]
     lse: Ref  # None, or [T, lanes] f32
     cache: Ref  # [groups, 8, width] i32, or [rows, width] of small pages; written in place
@@ -55,6 +57,7 @@ class Sems(NamedTuple):
 
     indices: Ref  # [records]
     tiles: Ref  # [tiles]
+    row_scales: Ref  # None, or [tiles]
     stores: Ref  # [tiles]
     blocks: Ref  # [blocks] queries and their tree
     fresh: Ref  # [blocks]
@@ -78,6 +81,8 @@ class Scratch(NamedTuple):
     fresh: Ref  # None, or [blocks or 1, tokens, width] in the type of the cache
     tree: Ref  # None, or [blocks, Q + 8, 128] i32
     lse: Ref  # None, or [2, Q, lanes] f32
+    k_scales: Ref  # None, or [tiles, plan.keys / 128 + 1, kv_heads, 128] f32
+    v_scales: Ref  # likewise
     books: Record  # each field None, or [records]
     pages: Ref  # None, or [records, rows, 128] part of a long list of pages, for a record
     fetched: Ref  # [tiles] units on their way into a tile
@@ -119,6 +124,7 @@ class Scratch(NamedTuple):
             sems=Sems(
                 indices=pltpu.SemaphoreType.DMA((plan.records,)),
                 tiles=pltpu.SemaphoreType.DMA((plan.tiles,)),
+                row_scales=pltpu.SemaphoreType.DMA((plan.tiles,)) if problem.row_scales else None,
                 stores=pltpu.SemaphoreType.DMA((plan.tiles,)),
                 blocks=pltpu.SemaphoreType.DMA((plan.blocks,)),
                 fresh=pltpu.SemaphoreType.DMA((plan.blocks,)),

@@ -12,6 +12,7 @@ import numpy as np
 
 from ragged_attention.layout import CacheLayout, KVCache
 from ragged_attention.plan import CACHE_DTYPES, DTYPES, PAGE_SIZES, Problem
+from ragged_attention.schedule import GROUP_ROWS
 from reference import ragged_attention as reference
 from tpukit import checks
 from tpukit.errors import ArgumentError
@@ -113,8 +114,7 @@ class Call:
             if x is not None and of_rows(scale):  # a token's is that of the row it is written to
                 size = layout.page_size
                 place = reference.place_of(self.batch(), len(x), self.cache.num_pages, size)
-                rows = scale.reshape(-1, layout.kv_heads)
-                scale = rows.at[place].get(mode="fill", fill_value=1.0)
+                scale = scales_at(scale, place)
             found.append(None if x is None else reference.quantise(x, scale, layout.dtype))
         return cast(jax.Array, found[0]), found[1]
 
@@ -122,6 +122,25 @@ class Call:
 def of_rows(scale: Any) -> bool:
     """Whether every row of the pool has a scale."""
     return np.ndim(scale) == 3
+
+
+def scales_at(scale: jax.Array, place: jax.Array) -> jax.Array:
+    """[T, kv_heads] scales of rows of the pool, 1 behind its end.
+
+    XLA keeps tokens along lanes; it would copy the pool to take many heads of one.
+
+    Args:
+      scale: [pages, page_size, kv_heads].
+      place: [T] page * page_size + row, as `reference.place_of` has it.
+    """
+    _, size, heads = scale.shape
+    page, row = place // size, place % size
+    if heads < GROUP_ROWS:
+        return scale.at[page, row].get(mode="fill", fill_value=1.0)
+    flat = scale.swapaxes(1, 2).reshape(-1)
+    first = page * (heads * size) + row
+    each = first[:, None] + jnp.arange(heads) * size
+    return flat.at[each].get(mode="fill", fill_value=1.0)
 
 
 def refuse(argument: str, got: str, expected: str, advice: str = "") -> None:
@@ -176,7 +195,8 @@ def problem_of(call: Call) -> Problem:
         update=call.k is not None,
         placed=call.query_starts is not None,
         lse=call.return_lse,
-        row_scales=of_rows(call.k_scale) or of_rows(call.v_scale),
+        k_scales=of_rows(call.k_scale),
+        v_scales=of_rows(call.v_scale),
     )
 
 
@@ -291,13 +311,14 @@ def check_scale_shapes(call: Call, dims: checks.Dims, heads: int) -> None:
             refuse(name, f"has shape {np.shape(value)}", f"shape {expected}")
 
 
-def scale_rules(call: Call) -> list[checks.Condition]:
-    """What scales and sinks have to obey."""
+def scale_rules(call: Call, live: jax.Array) -> list[checks.Condition]:
+    """What scales and sinks have to obey; live [pages, page_size]: rows that requests have."""
     rules = []
     for name in ("q_scale", "k_scale", "v_scale"):
         if (value := getattr(call, name)) is not None:
             scale = jnp.asarray(value, jnp.float32)
             bad = ~(jnp.isfinite(scale) & (scale > 0))
+            bad &= live[..., None] if of_rows(scale) else True
             rules.append(checks.Condition(name, scale, bad, "finite numbers above 0"))
     if call.sinks is not None:
         sinks = jnp.asarray(call.sinks, jnp.float32)
@@ -319,6 +340,10 @@ def value_rules(call: Call) -> list[checks.Condition]:
     owner = jnp.clip(owner, 0, max(lens.shape[0] - 1, 0))
     nth = place - offsets[owner]
     used = inside & counted[owner] & (nth < pages[owner])
+    held = nth[:, None] * layout.page_size + jnp.arange(layout.page_size) < lens[owner][:, None]
+    pool = jnp.zeros((call.cache.num_pages, layout.page_size), bool)
+    legal = used & (batch.page_indices >= 0)
+    live = pool.at[jnp.where(legal, batch.page_indices, len(pool))].max(held, mode="drop")
     written = used & ((nth + 1) * layout.page_size > (lens - q_lens)[owner])
     written &= q_lens[owner] > 0
     indices = batch.page_indices
@@ -329,7 +354,7 @@ def value_rules(call: Call) -> list[checks.Condition]:
     requests = jnp.asarray(batch.num_requests)
     bounds = jnp.arange(offsets.shape[0]) <= requests
     rules = [
-        *scale_rules(call),
+        *scale_rules(call, live),
         checks.in_range("num_requests", requests, 0, lens.shape[0] + 1),
         checks.in_range("cu_q_lens", cu, 0, call.q.shape[0] + 1),
         checks.Condition("cu_q_lens", cu, cu < previous, "ascending bounds"),

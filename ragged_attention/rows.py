@@ -31,8 +31,9 @@ class Rows(Chunks):
         masks: dict[Any, jax.Array] = {}
         keys: dict[int, jax.Array] = {}
         values: dict[int, jax.Array] = {}
+        scales: dict[int, Any] = {}
 
-        def once(cache: dict[int, jax.Array], key: Any, make: Any) -> jax.Array:
+        def once(cache: dict[int, Any], key: Any, make: Any) -> Any:
             if id(key) not in cache:
                 cache[id(key)] = make(key)
             return cache[id(key)]
@@ -41,7 +42,8 @@ class Rows(Chunks):
             head, rows = strip.head, strip.rows
             state = self.known(head, rows, style, opens)
             v = once(values, head, lambda h: self.values_of(record, h, chunk))
-            state = flash.fold(state, s, v, self.problem.compute_dtype)
+            scale = once(scales, head, lambda h: self.value_scales(h, chunk))
+            state = flash.fold(state, s, v, self.problem.compute_dtype, scale)
             for ref, new in zip(self.vmem.rows, state, strict=True):
                 ref[head, rows] = new
 

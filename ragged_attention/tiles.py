@@ -21,8 +21,8 @@ from ragged_attention.plumbing import (
     RUN,
     RUN_BIT,
     UNITS_BIT,
-    Plumbing,
 )
+from ragged_attention.row_scales import RowScales
 from ragged_attention.schedule import END, GROUP_ROWS, WRITES, Noted
 from tpukit.buffers import repeat
 
@@ -31,7 +31,7 @@ UNROLL = 8  # pages whose transfers are started together: scalar code has long l
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles(Plumbing):
+class Tiles(RowScales):
     """What happens to a tile before and after it is computed."""
 
     def start_tile(self, index: Any, now: Any) -> None:
@@ -44,6 +44,7 @@ class Tiles(Plumbing):
         @pl.when(free)
         def _() -> None:
             self.fetch_tile(record, self.tile(index))
+            self.fetch_scales(record, self.tile(index))
 
     def fetch_tile(self, record: Noted, slot: jax.Array) -> None:
         """Starts to fetch a tile; small pages that are adjacent move together."""
@@ -106,12 +107,11 @@ class Tiles(Plumbing):
 
     def erase_pages(self, record: Noted, slot: jax.Array) -> None:
         """Zeroes the pages of a tile that are not in the pool, new rows and all."""
-        tile = self.vmem.tiles.at[slot]
-        repeat(self.pages(record.span), lambda place: self.erase(record, tile, place))
+        repeat(self.pages(record.span), lambda place: self.erase(record, slot, place))
 
-    def erase(self, record: Noted, tile: Ref, place: jax.Array) -> None:
+    def erase(self, record: Noted, slot: jax.Array, place: jax.Array) -> None:
         """Zeroes a page of a tile that is not in the pool."""
-        size = self.problem.page_units
+        tile, size = self.vmem.tiles.at[slot], self.problem.page_units
 
         @pl.when(is_missing(self.entries_of(record)(place)))
         def _() -> None:
@@ -121,6 +121,7 @@ class Tiles(Plumbing):
                 self.unit_of(tile, place * size + i)[...] = zeros
 
             repeat(size, clear)
+            self.erase_scales(slot, place)
 
     def store_groups(self, record: Noted, slot: jax.Array, begin: Any, end: Any) -> None:
         """Starts to write groups [begin, end) of a tile, at least one, to the cache."""

@@ -43,6 +43,7 @@ class Shape:
     window: int = 0
     tree: bool = False
     adjacent: bool = False  # pages of a request lie behind each other in the pool
+    row_scales: bool = False
     bounds_checks: bool = True
 
     @property
@@ -106,6 +107,7 @@ CASES = (
     _case("decode/mean-1.5k", lengths(200_092, 128)),
     _case("decode/2k", (2048,) * 128, **GQA),
     _case("decode/float8", (8192,) * 128, **FLOAT8),
+    _case("decode/float8-rows", (8192,) * 128, **FLOAT8, row_scales=True),
     _case("decode/page-16", (8192,) * 128, page_size=16),
     _case("decode/page-16 adjacent", (8192,) * 128, page_size=16, adjacent=True),
     _case("decode/100", (100,) * 128),
@@ -138,6 +140,8 @@ class Inputs(NamedTuple):
     page_indices: Any
     page_offsets: Any  # [N + 1]
     ancestors: Any  # [T, 2], None without a tree
+    k_scale: Any  # [pages, page_size, kv_heads], None without scales of rows
+    v_scale: Any  # likewise
 
 
 def _shape(case: Case) -> Shape:
@@ -153,6 +157,8 @@ def _specs(shape: Shape) -> Inputs:
 
     tokens, requests, layout = shape.tokens, len(shape.kv_lens), shape.layout
     bf16 = jnp.bfloat16
+    rows = (shape.pool, shape.page_size, shape.kv_heads)
+    scale = spec(*rows, dtype=jnp.float32) if shape.row_scales else None
     return Inputs(
         q=spec(tokens, shape.q_heads, shape.key_dim, dtype=bf16),
         k=spec(tokens, shape.kv_heads, shape.key_dim, dtype=bf16),
@@ -163,6 +169,8 @@ def _specs(shape: Shape) -> Inputs:
         page_indices=spec(sum(shape.pages)),
         page_offsets=spec(requests + 1),
         ancestors=spec(tokens, 2, dtype=jnp.uint32) if shape.tree else None,
+        k_scale=scale,
+        v_scale=scale,
     )
 
 
@@ -195,6 +203,9 @@ def _inputs(shape: Shape, seed: int) -> Inputs:
         v=None if shape.latent else normal(args.v),
         words=ra.pack_pages(keys, None if shape.latent else values, layout).words,
     )
+    if shape.row_scales:
+        pair = rng.uniform(0.5, 2, (2, *args.k_scale.shape)).astype(np.float32)
+        args = args._replace(k_scale=jnp.asarray(pair[0]), v_scale=jnp.asarray(pair[1]))
     return args._replace(ancestors=_trees(shape, rng)) if shape.tree else args
 
 
@@ -220,11 +231,13 @@ def _call(shape: Shape, implementation: str, plan: ra.Plan | None = None) -> Cal
     """The public function on the fields of `Inputs`; returns the output and the cache's words."""
 
     def fn(q: Any, k: Any, v: Any, words: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
-        *steering, ancestors = rest
+        *steering, ancestors, k_scale, v_scale = rest
         cache = ra.KVCache(words, shape.layout)
         options: dict[str, Any] = {
             "window": shape.window or None,
             "ancestors": ancestors,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
             "bounds_checks": shape.bounds_checks,
             "implementation": implementation,
             "plan": plan,
@@ -285,7 +298,8 @@ def check(case: Case, seed: int) -> list[Check]:
             o, words = jax.block_until_ready(jax.jit(run)(*args))
     plain, _ = jax.jit(_call(shape, "reference"))(*args)
     old = ra.KVCache(args.words, shape.layout)
-    wanted = ra.update_kv_cache(args.k, args.v, old, *args[4:8])
+    scales = {"k_scale": args.k_scale, "v_scale": args.v_scale}
+    wanted = ra.update_kv_cache(args.k, args.v, old, *args[4:8], **scales)
     exact = _exact(shape, args, wanted)
     live = _live(shape, args)
     idle = np.setdiff1d(np.arange(shape.pool), args.page_indices)
@@ -326,6 +340,9 @@ def _live(shape: Shape, args: Inputs) -> np.ndarray:
 def _exact(shape: Shape, args: Inputs, cache: ra.KVCache) -> np.ndarray:
     """Attention in float64 over a cache that has the new rows already."""
     keys, values = (np.asarray(x).astype(np.float64) for x in cache.unpack())
+    if shape.row_scales:
+        keys *= np.asarray(args.k_scale)[..., None]
+        values *= np.asarray(args.v_scale)[..., None]
     q = np.asarray(args.q).astype(np.float64)
     scale = 192**-0.5 if shape.latent else shape.key_dim**-0.5
     pages, offsets = np.asarray(args.page_indices), np.asarray(args.page_offsets)
@@ -384,7 +401,7 @@ def peers(case: Case, seed: int) -> Mapping[str, Call]:
     ones, found = max(shape.q_lens) == 1, dict[str, Call]()
     if ones:
         found["XLA, gathered keys"] = (reference_fn(case), args)
-    if shape.latent or shape.tree or shape.key_dim != shape.value_dim:
+    if shape.latent or shape.tree or shape.row_scales or shape.key_dim != shape.value_dim:
         return found
     named = Inputs(*args)
     if ones and not shape.window:
@@ -397,7 +414,10 @@ def peers(case: Case, seed: int) -> Mapping[str, Call]:
 
 
 def cost(case: Case) -> Cost:
-    """Products of the keys that are seen; rows of those in the cache, and of the tokens, once."""
+    """Products of the keys that are seen; rows of those in the cache, and of the tokens, once.
+
+    With scales of rows, those as well; that XLA has to gather them first is not counted.
+    """
     shape, layout = _shape(case), _shape(case).layout
     pairs = keys = 0
     for kv_len, q_len in zip(shape.kv_lens, shape.q_lens, strict=True):
@@ -405,6 +425,7 @@ def cost(case: Case) -> Cost:
         pairs += int(np.minimum(position, shape.window or kv_len).sum())
         keys += min(kv_len - q_len, shape.window - 1 if shape.window else kv_len)
     row = layout.values * jnp.dtype(shape.cache).itemsize
+    row += 2 * 4 * shape.kv_heads if shape.row_scales else 0
     new = layout.values * 2  # as the projections leave them
     io = shape.q_heads * (shape.key_dim + shape.value_dim) * 2
     return Cost(
@@ -423,6 +444,8 @@ def explain(case: Case, chip: str) -> ra.Explanation:
         *args[4:8],
         window=shape.window or None,
         ancestors=args.ancestors,
+        k_scale=args.k_scale,
+        v_scale=args.v_scale,
         chip=chip,
         plan=_plan(case.plan),
     )

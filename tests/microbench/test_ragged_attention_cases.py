@@ -50,6 +50,8 @@ def test_cost_counts_what_is_seen_once():
     new, io = 256 * 2, 8 * 256 * 2
     assert decode.hbm_bytes == 128 * (8191 * 512 + 512 + new + io)
     assert decode.hbm_bytes - half.hbm_bytes == 128 * 8192 * 256
+    rows = cases.cost(BY_NAME["decode/float8-rows"])
+    assert rows.hbm_bytes - half.hbm_bytes == 128 * 8192 * 8
     prefill = cases.cost(BY_NAME["prefill/8k"])
     assert prefill.flops == 8192 * 8193 // 2 * 32 * 4 * 128
     assert prefill.hbm_bytes == 8192 * (2 * 8 * 512 + 32 * 512)

@@ -42,7 +42,7 @@ class Shape:
     mask: str = ""  # of "full", "window", "windows", "tree"
     sinks: bool = False
     placed: bool = False
-    scales: str = ""  # of "one", "heads", "tokens"
+    scales: str = ""  # of "one", "heads", "tokens", "rows"
     options: tuple[tuple[str, float | bool | ra.Plan], ...] = ()
 
     def call(self):
@@ -66,8 +66,9 @@ class Shape:
         named |= {"sinks": array(heads, dtype=F32)} if self.sinks else {}
         named |= {"query_starts": array(n)} if self.placed else {}
         if self.scales:
-            wide = {"one": (), "heads": (self.kv_heads,), "tokens": ()}[self.scales]
-            own = {"one": (), "heads": (heads,), "tokens": (tokens, heads)}[self.scales]
+            each = (n * self.pages, self.page_size, self.kv_heads)
+            wide = {"heads": (self.kv_heads,), "rows": each}.get(self.scales, ())
+            own = {"heads": (heads,), "tokens": (tokens, heads)}.get(self.scales, ())
             shapes = {"q_scale": own, "k_scale": wide, "v_scale": wide}
             named |= {name: array(*shape, dtype=F32) for name, shape in shapes.items()}
         fixed = dict(self.options) | {"causal": self.mask != "full"}
@@ -103,6 +104,9 @@ MATRIX = {
     "e4m3, 4/2 of 256, page 64, scales of tokens, table": Shape(4, 2, 256, cache=F8, page_size=64, scales="tokens", table=True),
     "e5m2, 7/1 of 112, page 256, temperature, update off": Shape(7, 1, 112, cache=F8W, page_size=256, update=False, options=(LONG,)),
     "4/2 of 192 and 128, page 16, a tree": Shape(4, 2, 192, 128, page_size=16, mask="tree"),
+    "e4m3, 8/2 heads, page 128, scales of rows, window": Shape(8, 2, cache=F8, scales="rows", mask="window"),
+    "int8, 6/3 of 80, page 16, scales of rows, soft cap, lse": Shape(6, 3, 80, cache=I8, page_size=16, scales="rows", options=(CAP, LSE)),
+    "latents, e5m2, page 64, scales of rows": Shape(4, **LATENT, cache=F8W, page_size=64, scales="rows"),
     "latents, page 64, windows, sinks, checks off": Shape(4, **LATENT, page_size=64, mask="windows", sinks=True, options=(UNCHECKED,)),
 }  # fmt: skip
 PAIRS = [(name, chip) for name in MATRIX for chip in ra.SUPPORTED_CHIPS]
@@ -133,7 +137,7 @@ def test_the_matrix_has_every_kind():
     assert {shape.cache for shape in shapes} == set(plan.CACHE_DTYPES) - {F4}
     assert {shape.page_size for shape in shapes} == set(plan.PAGE_SIZES)
     assert {64, 80, 96, 112, 128, 192, 256, 576} == {shape.key_dim for shape in shapes}
-    assert {shape.scales for shape in shapes} == {"", "one", "heads", "tokens"}
+    assert {shape.scales for shape in shapes} == {"", "one", "heads", "tokens", "rows"}
     assert {shape.mask for shape in shapes} == {"", "full", "window", "windows", "tree"}
 
 
@@ -147,6 +151,9 @@ CHOSEN = {
     "float4, 8/1 heads": ((V7,), Shape(cache=F4, page_size=64)),
     "float4, windows, page 8": ((V7,), Shape(4, 2, 64, cache=F4, page_size=8, mask="windows")),
     "chunks, f32, lse": ((V6E,), Shape(8, 2, dtype=F32, cache=W32, tokens=512, requests=4, options=(LSE,))),
+    "chunks, float8, scales of rows": ((V6E,), Shape(8, 4, cache=F8, tokens=64, requests=4, scales="rows")),
+    "f32, page 8, scales of rows": ((V5P,), Shape(4, 2, dtype=F32, cache=W32, page_size=8, scales="rows")),
+    "float4, page 256, scales of rows": ((V7,), Shape(16, 8, cache=F4, page_size=256, scales="rows")),
     "chunks, latents": ((V5E,), Shape(16, **LATENT, tokens=512, requests=4)),
 }  # fmt: skip
 

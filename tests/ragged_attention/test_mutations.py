@@ -3,12 +3,24 @@
 import dataclasses
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
 import ragged_attention as ra
-from ragged_attention import api, cache, flash, kernel, plumbing, problem, schedule, tiles
+from ragged_attention import (
+    api,
+    cache,
+    chunks,
+    flash,
+    kernel,
+    plumbing,
+    problem,
+    row_scales,
+    schedule,
+    tiles,
+)
 from reference import ragged_attention as reference
 from tests.ragged_attention import oracle
 from tests.ragged_attention.oracle import random_batch
@@ -30,8 +42,9 @@ def passes(mode, batch=None):
     """Whether the gates are green: values, the cache, and the strict harness."""
     compiled.cache_clear()
     batch = mixed() if batch is None else batch
+    queries = max(TIGHT.queries, 8 * batch.layout.pack)
     try:
-        check_gates(batch, run(batch, mode, TIGHT))
+        check_gates(batch, run(batch, mode, dataclasses.replace(TIGHT, queries=queries)))
     except (AssertionError, interpret.InterpretError):
         return False
     finally:
@@ -64,12 +77,12 @@ def narrow_sums(function):
     return changed(function, lambda x: x.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-def forgets_the_past(state, s, v, compute):
-    return flash_fold(state._replace(o=jnp.zeros_like(state.o)), s, v, compute)
+def forgets_the_past(state, s, v, compute, scale):
+    return flash_fold(state._replace(o=jnp.zeros_like(state.o)), s, v, compute, scale)
 
 
-def never_fades(state, s, v, compute):
-    new = flash_fold(state, s, v, compute)
+def never_fades(state, s, v, compute, scale):
+    new = flash_fold(state, s, v, compute, scale)
     return new._replace(total=new.total + 0.01 * state.total)
 
 
@@ -197,6 +210,97 @@ def test_another_tokens_resident_queries_are_seen(monkeypatch):
 def late_queries(self, record, tokens):
     """The queries of the token behind."""
     return self.vmem.queries.at[0, pl.ds(record.row + 1, tokens)]
+
+
+def scaled():
+    """A batch with scales of rows, NaN in those of no request, and pages that are not there."""
+    shape = {"num_pages": 90, "indices": 90, "kv_heads": 2, "cache": ml_dtypes.float8_e4m3fn}
+    batch = random_batch(32, [40, 530, 60, 600, 9], [3, 1, 2, 40, 1], **shape)
+    rng, (_, _, live) = np.random.default_rng(32), oracle.written(batch)
+    for name in ("k_scale", "v_scale"):
+        batch.options[name] = rng.uniform(0.5, 2, (90, 16, 2)).astype(np.float32)
+        batch.options[name][~live] = batch.options[name][0] = np.nan
+    batch.pages[batch.pages == 0] = batch.pages[1] = -1
+    return batch
+
+
+scales_of = row_scales.RowScales.scales_of
+
+
+def careless_scales(self, head, chunk):
+    """Scales of values, whatever they are."""
+    return self.scales_of(self.vmem.v_scales, head, *chunk[:3])
+
+
+class Unawaited:
+    """A transfer that is started, and whose end nobody waits for."""
+
+    def __init__(self, copy):
+        self.start, self.wait = copy.start, nothing
+
+
+def scaled_sums(state, s, v, compute, scale=None):
+    """Scales of values count in the sum of weights too."""
+    if scale is None:
+        return flash_fold(state, s, v, compute)
+    ones = jnp.ones((v.shape[0], 128), v.dtype)
+    sums = flash_fold(state._replace(o=0 * state.top), s, ones, compute, scale)
+    fade = jnp.exp2(state.top - sums.top)
+    new = flash_fold(state, s, v, compute, scale)
+    return new._replace(total=sums.o + state.total * fade)
+
+
+RowScales, Chunks = row_scales.RowScales, chunks.Chunks
+copies, place_of_scales = RowScales.scale_copies, RowScales.scale_place
+SCALE_FAULTS = {
+    "the neighbour's": (
+        RowScales,
+        "scales_of",
+        changed(RowScales.scales_of, lambda x: jnp.roll(x, 1, axis=1)),
+        LATE,
+    ),
+    "the other head's": (
+        RowScales,
+        "scales_of",
+        lambda self, ring, head, *rest: scales_of(self, ring, 1 - head, *rest),
+        LATE,
+    ),
+    "keys' are forgotten": (Chunks, "key_factor", lambda self, head, _: self.factor(head), LATE),
+    "values' count in the sum": (flash, "fold", scaled_sums, LATE),
+    "products are rounded": (
+        flash,
+        "halves",
+        changed(flash.halves, lambda x: (x[0], 0 * x[1])),
+        LATE,
+    ),
+    "a value's may be NaN": (Chunks, "value_scales", careless_scales, LATE),
+    "they begin at lane 0": (
+        RowScales,
+        "scale_place",
+        changed(place_of_scales, lambda found: (found[0], 0 * found[1], found[2])),
+        LATE,
+    ),
+    "they are not awaited": (
+        RowScales,
+        "scale_copies",
+        changed(copies, lambda found: [Unawaited(copy) for copy in found]),
+        MODE,
+    ),
+    "those of pages out of the pool stay": (RowScales, "erase_scales", nothing, LATE),
+}
+
+
+@pytest.mark.parametrize("mode", [LATE, MODE], ids=["late", "eager"])
+def test_scales_of_rows_pass(mode):
+    assert passes(mode, scaled())
+
+
+@pytest.mark.parametrize("name", SCALE_FAULTS)
+def test_every_fault_of_scales_of_rows_is_seen(name, monkeypatch):
+    place, attribute, fault, mode = SCALE_FAULTS[name]
+    assert hasattr(place, attribute)
+    monkeypatch.setattr(place, attribute, fault)
+    assert not passes(mode, scaled())
 
 
 def specified(scales):

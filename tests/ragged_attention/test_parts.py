@@ -19,7 +19,6 @@ from tests.ragged_attention import oracle
 from tests.ragged_attention.oracle import random_batch
 from tests.ragged_attention.test_ragged_attention import PLAN, bound
 from tpukit import interpret
-from tpukit.errors import UnsupportedError
 
 TYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")
 SCALES = ("k_scale", "v_scale")
@@ -116,12 +115,12 @@ def test_update_kv_cache_writes_what_attention_writes(cache):
         assert oracle.same_bits(found, wanted)
 
 
-@pytest.mark.parametrize("cache", [np.int8, ml_dtypes.float8_e4m3fn])
-def test_rows_of_the_cache_can_have_scales_of_their_own(cache):
+@pytest.mark.parametrize(("cache", "heads"), [(np.int8, 2), (ml_dtypes.float8_e4m3fn, 8)])
+def test_rows_of_the_cache_can_have_scales_of_their_own(cache, heads):
     """By the reference; and written rows are divided by theirs."""
     rng = np.random.default_rng(9)
-    scales = {name: rng.uniform(0.02, 0.1, (40, 16, 2)).astype(np.float32) for name in SCALES}
-    shape = {"cache": cache, "kv_heads": 2, "gap": 1, "window": np.int32(30)}
+    scales = {name: rng.uniform(0.02, 0.1, (40, 16, heads)).astype(np.float32) for name in SCALES}
+    shape = {"cache": cache, "q_heads": 8, "kv_heads": heads, "gap": 1, "window": np.int32(30)}
     batch = random_batch(9, [40, 33, 9], [3, 16, 0], **shape, **scales)
     args = batch.args()
     out = ra.ragged_paged_attention(*args, **batch.options)
@@ -132,10 +131,7 @@ def test_rows_of_the_cache_can_have_scales_of_their_own(cache):
     for found in (out.cache, update):
         for own, right in zip(found.unpack(), (keys, values), strict=True):
             assert oracle.same_bits(own, right)
-    with pytest.raises(
-        UnsupportedError, match=r"k_scale or v_scale for each row .* scales of heads"
-    ):
-        ra.explain(*args, **batch.options, chip="tpu7x")
+    assert ra.supports(*args, **batch.options, chip="tpu7x")
 
 
 def test_partial_results_merge():
