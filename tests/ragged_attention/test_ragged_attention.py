@@ -304,6 +304,13 @@ def test_races_and_both_dma_modes():
         assert oracle.same_bits(late.cache.words, other.cache.words)
 
 
+def test_records_that_write_to_one_page_do_not_race():
+    batch = random_batch(7, [180, 30], [75, 1], page_size=128, num_pages=4, indices=4, tokens=128)
+    plan = dataclasses.replace(PLAN, tiles=2)
+    for mode in (LATE, EAGER):
+        check_gates(batch, run(batch, mode, plan))
+
+
 def test_rings_and_checks_change_no_bit():
     batch = random_batch(
         8, [700, 20, 600, 90, 33, 1], [1, 2, 40, 8, 1, 1], num_pages=120, indices=120
