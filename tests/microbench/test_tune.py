@@ -1,7 +1,9 @@
 """The command `tune`."""
 
 import dataclasses
+import importlib
 import json
+import shlex
 import sys
 import types
 
@@ -11,7 +13,7 @@ from microbench import bench, cases, cli, environment, tune
 from microbench.case import Case
 from microbench.tune import TIE
 from tests.microbench import fake
-from tpukit import planning
+from tpukit import aot, planning
 from tpukit.errors import UnsupportedError
 
 
@@ -150,14 +152,40 @@ def test_a_kernel_without_a_table_is_refused(kernel, times, capsys):
     assert "fake has no table of plans to tune" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kernel_name", ["fused_moe", "gla", "ragged_attention"])
+TUNED = ("fused_moe", "gla", "ragged_attention")
+
+
+def plans(kernel_name):
+    return importlib.import_module(f"{kernel_name}.plan").PLANS
+
+
+@pytest.mark.parametrize(
+    "kernel_name,entry",
+    [
+        pytest.param(name, x, id=f"{name}-{x.chip}")
+        for name in TUNED
+        for x in plans(name).read().entries
+    ],
+)
+def test_an_entry_is_what_its_command_s_cases_get_and_it_compiles(kernel_name, entry):
+    options = cli.parse(shlex.split(entry.found.command.removeprefix("python -m ")))
+    assert options.command == "tune" and options.chips == (entry.chip,)
+    for suite, case in bench.select(options):
+        found = suite.explain(case, entry.chip)
+        assert found.source == "exact"
+        assert plans(kernel_name).key(found.problem) == entry.key
+        assert dataclasses.asdict(found.plan) == entry.plan
+        target, arguments = suite.aot_target(case)
+        assert aot.static_report(target, entry.chip, **arguments).kernels
+
+
+@pytest.mark.parametrize("kernel_name", TUNED)
 def test_choices_are_fields_of_the_plan(kernel_name):
     suite = cases.load(kernel_name)
     case = suite.CASES[0]
-    rooms = __import__(f"{kernel_name}.plan", fromlist=["PLANS"])
     for chip in suite.chips(case):
         found = suite.explain(case, chip)
         fields = dataclasses.asdict(found.plan)
-        assert set(rooms.PLANS.choices) <= set(fields)
-        schema = rooms.PLANS.table.schema
-        assert schema.key.keys() == rooms.PLANS.key(found.problem).keys()
+        assert set(plans(kernel_name).choices) <= set(fields)
+        schema = plans(kernel_name).table.schema
+        assert schema.key.keys() == plans(kernel_name).key(found.problem).keys()
