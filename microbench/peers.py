@@ -38,8 +38,15 @@ def _table(pages: Sequence[int], indices: Any, offsets: Any) -> np.ndarray:
     return table
 
 
+PEER_BLOCK = 8 * 2**20  # bytes of 128 pages of one head
+PEER_VMEM = 60 * 2**20
+
+
 def jax_ragged_paged_attention(shape: Any, args: Any) -> Call:
     """JAX's kernel for ragged batches; it reads a cache that has the new rows already.
+
+    Its blocks are those that it chooses on a tpu7x, 128 pages and 32 queries, but pages of no more
+    than `PEER_BLOCK` bytes: with those of many heads it would not compile.
 
     Args:
       shape: as the cases of `ragged_attention` define it, as for all that follows.
@@ -50,6 +57,7 @@ def jax_ragged_paged_attention(shape: Any, args: Any) -> Call:
     size = (shape.pool, shape.page_size, 2 * shape.kv_heads, shape.key_dim)
     pages = jax.ShapeDtypeStruct(size, jnp.dtype(shape.cache))
     steer = args.kv_lens, jnp.asarray(table), args.cu_q_lens, jnp.array([len(shape.pages)])
+    fitting = max(1, PEER_BLOCK // (math.prod(size[1:]) * pages.dtype.itemsize))
 
     def fn(q: Any, pages: Any, *steer: Any) -> jax.Array:
         return kernel.ragged_paged_attention(
@@ -58,8 +66,9 @@ def jax_ragged_paged_attention(shape: Any, args: Any) -> Call:
             *steer,
             sm_scale=shape.key_dim**-0.5,
             sliding_window=shape.window or None,
-            num_kv_pages_per_block=min(max(shape.pages), 128),  # its choice on a tpu7x
+            num_kv_pages_per_block=min(max(shape.pages), 128, fitting),
             num_queries_per_block=min(shape.tokens, 32),
+            vmem_limit_bytes=PEER_VMEM,
         )
 
     return fn, (args.q, pages, *steer)
