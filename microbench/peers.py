@@ -22,6 +22,8 @@ from microbench.case import Call
 _JAX = "jax.experimental.pallas.ops.tpu"
 _OPS = "tokamax._src.ops"
 _BF16 = jnp.bfloat16
+_BLOCK = 8 * 2**20  # bytes of 128 pages of one head
+_VMEM = 60 * 2**20  # of the 64 MiB of a tpu7x
 GroupedMatmul = Callable[..., jax.Array]  # of rows, weights, their scales or None, group sizes
 
 
@@ -38,15 +40,11 @@ def _table(pages: Sequence[int], indices: Any, offsets: Any) -> np.ndarray:
     return table
 
 
-PEER_BLOCK = 8 * 2**20  # bytes of 128 pages of one head
-PEER_VMEM = 60 * 2**20
-
-
 def jax_ragged_paged_attention(shape: Any, args: Any) -> Call:
     """JAX's kernel for ragged batches; it reads a cache that has the new rows already.
 
     Its blocks are those that it chooses on a tpu7x, 128 pages and 32 queries, but pages of no more
-    than `PEER_BLOCK` bytes: with those of many heads it would not compile.
+    than 8 MiB: with those of many heads it would not compile.
 
     Args:
       shape: as the cases of `ragged_attention` define it, as for all that follows.
@@ -57,7 +55,7 @@ def jax_ragged_paged_attention(shape: Any, args: Any) -> Call:
     size = (shape.pool, shape.page_size, 2 * shape.kv_heads, shape.key_dim)
     pages = jax.ShapeDtypeStruct(size, jnp.dtype(shape.cache))
     steer = args.kv_lens, jnp.asarray(table), args.cu_q_lens, jnp.array([len(shape.pages)])
-    fitting = max(1, PEER_BLOCK // (math.prod(size[1:]) * pages.dtype.itemsize))
+    fitting = max(1, _BLOCK // (math.prod(size[1:]) * pages.dtype.itemsize))
 
     def fn(q: Any, pages: Any, *steer: Any) -> jax.Array:
         return kernel.ragged_paged_attention(
@@ -68,7 +66,7 @@ def jax_ragged_paged_attention(shape: Any, args: Any) -> Call:
             sliding_window=shape.window or None,
             num_kv_pages_per_block=min(max(shape.pages), 128, fitting),
             num_queries_per_block=min(shape.tokens, 32),
-            vmem_limit_bytes=PEER_VMEM,
+            vmem_limit_bytes=_VMEM,
         )
 
     return fn, (args.q, pages, *steer)

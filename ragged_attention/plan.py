@@ -463,8 +463,7 @@ def plan_for(problem: Problem, chip: Chip, plan: Plan | None = None) -> Explanat
             why=f"their lengths take {scalars(problem)} scalars, and {SMEM_WORDS} fit",
             advice="Split the batch.",
         )
-    float4 = problem.layout.dtype == "float4_e2m1fn" and chip.name != "tpu7x"
-    if float4:
+    if problem.layout.dtype == "float4_e2m1fn" and chip.name != "tpu7x":
         raise UnsupportedError(
             where="ragged_attention",
             what="a cache of float4_e2m1fn",
