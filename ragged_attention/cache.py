@@ -14,12 +14,15 @@ from ragged_attention.layout import (
     LANES,
     CacheLayout,
     KVCache,
+    in_both,
+    lane_halves,
     pack_pages,
     round_up,
     token_rows,
     word_bits,
 )
 from ragged_attention.problem import Call, check_cache, check_layout, problem_of, refuse
+from ragged_attention.schedule import GROUP_ROWS
 from reference import ragged_attention as reference
 from tpukit import checks
 
@@ -120,13 +123,17 @@ def update_kv_cache(
     pack = layout.pack
     shift = (place % pack) * (32 // pack)
     field = jnp.left_shift(jnp.int32(-1 if pack == 1 else (1 << (32 // pack)) - 1), shift)
-    words = cache.words
-    # Tokens that share a word add up: each first clears its field, then adds to it.
-    row = place // pack
-    cleared = jnp.zeros(words.shape[0], jnp.int32).at[row].add(field, mode="drop")
-    added = jnp.left_shift(word_bits(rows), shift[:, None])
-    words = (words & ~cleared[:, None]).at[row].add(added, mode="drop")
-    return KVCache(words, layout)
+    words, lanes = cache.words, lane_halves(layout)
+    # Tokens that share a row add up: each first clears its field, then adds to it.
+    word = place // pack
+    row = word // (GROUP_ROWS * layout.halves) * GROUP_ROWS + word % GROUP_ROWS
+    half = word // GROUP_ROWS % layout.halves
+    cleared = jnp.zeros((len(words), layout.halves), jnp.int32)
+    cleared = cleared.at[row, half].add(field, mode="drop")
+    added = in_both(jnp.left_shift(word_bits(rows), shift[:, None]), layout)
+    added = jnp.where(lanes == half[:, None], added, 0)
+    kept = words & ~jnp.where(lanes == 0, cleared[:, :1], cleared[:, -1:])
+    return KVCache(kept.at[row].add(added, mode="drop"), layout)
 
 
 def merge_attention_states(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:

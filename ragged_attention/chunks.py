@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from ragged_attention import flash
 from ragged_attention.blocks import Blocks
@@ -67,12 +68,33 @@ class Chunks(Blocks):
             repeat(heads // step, lambda i: action([i * step + h for h in range(step)]))
 
     def words(self, window: Any, head: Any, chunk: Chunk) -> jax.Array:
-        """Words of a head's keys or values."""
-        lane = window.lane(head)
-        lane = lane if isinstance(lane, int) else pl.multiple_of(lane, LANES)
+        """Words of a head's keys or values, in the order of `CacheLayout.place`."""
         groups = pl.ds(self.whole_group(chunk.begin), self.whole_group(chunk.size))
-        words = self.vmem.tiles[chunk.slot, groups, :, pl.ds(lane, window.width)]
-        return words.reshape(-1, window.width)
+
+        def lanes(first: Any, count: int) -> jax.Array:
+            words = self.vmem.tiles[chunk.slot, groups, :, pl.ds(first, count)]
+            return words.reshape(-1, count)
+
+        if self.layout.halves == 1:
+            lane = window.lane(head)
+            lane = lane if isinstance(lane, int) else pl.multiple_of(lane, LANES)
+            return lanes(lane, window.width)
+        rank, block = self.layout.value_dim, LANES // self.layout.pack
+        halves = [lanes(0, rank), lanes(rank, rank)]
+        if window.width > rank:
+            rotated = lanes(2 * rank, LANES)
+            halves = [
+                jnp.concatenate([half, self.own_rotated(rotated, i)], axis=1)
+                for i, half in enumerate(halves)
+            ]
+        count = len(halves[0])
+        parts = [x[first : first + block] for first in range(0, count, block) for x in halves]
+        return jnp.concatenate(parts, axis=0)
+
+    def own_rotated(self, words: jax.Array, half: int) -> jax.Array:
+        """A token's rotated part without that of its row's other token, which may be NaN."""
+        moved = pltpu.roll(words, LANES // 2, 1) if half else words
+        return jnp.where(iota(words.shape, 1) < LANES // 2, moved, 0)
 
     def keys_of(self, head: Any, chunk: Chunk) -> jax.Array:
         """[size, key lanes]."""
@@ -87,7 +109,8 @@ class Chunks(Blocks):
             sure = chunk.full // pack
             rows = (record.span - chunk.begin + pack - 1) >> (pack.bit_length() - 1)
             last = words[sure:]
-            last = jnp.where(sure + iota(last.shape, 0) < rows, last, 0)
+            place = self.layout.place(sure + iota((len(last), 1), 0), pack)
+            last = jnp.where(place < rows, last, 0)
             words = jnp.concatenate([words[:sure], last], axis=0) if sure else last
         return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
 
@@ -141,7 +164,8 @@ class Chunks(Blocks):
         """Whether `count` queries, from token `begin` on, see the doubtful keys; as `logits`."""
         keys, axis = chunk.size - chunk.doubtful, style.keys_axis
         shape = (keys, count) if style.columns else (count, keys)
-        key = record.key + chunk.begin + chunk.doubtful + iota(flash.line(keys, axis), axis)
+        place = self.layout.place(chunk.doubtful + iota(flash.line(keys, axis), axis))
+        key = record.key + chunk.begin + place
         token = (begin + iota(flash.line(count, 1 - axis), 1 - axis)) & (style.tokens - 1)
         query = record.position + token
         seen = jnp.broadcast_to(key < record.key + record.span, shape)

@@ -20,7 +20,7 @@ from ragged_attention.chunks import Chunk, Strip
 from ragged_attention.flash import UNSEEN
 from ragged_attention.plan import Style
 from ragged_attention.rows import Rows
-from ragged_attention.schedule import GROUP_ROWS, Noted
+from ragged_attention.schedule import Noted
 from tpukit.buffers import repeat
 
 FAR = 32.0  # to base 2: weights stay below 2^32, and a value may be as large as 2^90
@@ -62,7 +62,7 @@ class Columns(Rows):
 
     def look(self, record: Noted, slot: jax.Array, style: Style) -> None:
         """Before the first tile: columns know the largest logit of some keys that they see."""
-        size = self.plan.chunk if self.problem.windowed else GROUP_ROWS * self.layout.pack
+        size = self.plan.chunk if self.problem.windowed else self.layout.group
         chunk = Chunk(slot, 0, size, 0, 0)
 
         def some(heads: list[Any]) -> None:

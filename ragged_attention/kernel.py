@@ -175,7 +175,8 @@ class Pass(Columns):
 
             def part(size: int) -> None:
                 full = max([0, *(smaller for smaller in sizes if smaller < size)])
-                doubtful = max(full - style.tokens, 0) // LANES * LANES
+                lanes = LANES * self.layout.halves
+                doubtful = max(full - style.tokens, 0) // lanes * lanes
                 doubtful = 0 if self.problem.windowed else doubtful
                 meet(record, Chunk(slot, begin, size, full, doubtful), style)
 

@@ -6,6 +6,12 @@ packed one above the other, as the vector registers pack them: word (i, lane) ho
 i * pack + 1, ... from its low bits up, so a register of words is a register of keys. A head need
 not begin at a multiple of 128 lanes: it is multiplied as part of an aligned window, in which the
 query has zeros beside it.
+
+Latents of, say, 512 + 64 lanes would be padded by a ninth. So a row holds two of their words: both
+latents, then both rotated parts in 128 lanes. Words w and w + 8 share a row, so that a group of
+rows, in its two halves, is still a run of tokens:
+
+    row r of group g:  | latent of word 16 g + r | of word 16 g + 8 + r | rotated | rotated |
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ragged_attention.schedule import GROUP_ROWS
 from tpukit import checks
 from tpukit.errors import ArgumentError
 
@@ -96,9 +103,21 @@ class CacheLayout:
         return 32 // bits_of(self.dtype)
 
     @property
+    def halves(self) -> int:
+        """Words of tokens that share a row: 2 of latents where that saves padding, else 1."""
+        rotated = self.key_dim - self.value_dim
+        pays = self.latent and self.value_dim % LANES == 0 and 0 < rotated <= LANES // 2
+        return 2 if pays and self.page_size % (2 * GROUP_ROWS * self.pack) == 0 else 1
+
+    @property
+    def group(self) -> int:
+        """Tokens of a group of rows, which a DMA moves at once."""
+        return GROUP_ROWS * self.halves * self.pack
+
+    @property
     def page_rows(self) -> int:
         """Rows of words of a page."""
-        return self.page_size // self.pack
+        return self.page_size // self.halves // self.pack
 
     @property
     def values(self) -> int:
@@ -106,27 +125,44 @@ class CacheLayout:
         return self.kv_heads * (self.key_dim + (0 if self.latent else self.value_dim))
 
     @property
-    def width(self) -> int:
-        """Lanes of a row."""
+    def token_width(self) -> int:
+        """Lanes of a token that has its row to itself."""
         return round_up(self.values, LANES)
 
     @property
+    def width(self) -> int:
+        """Lanes of a row."""
+        return 2 * self.value_dim + LANES if self.halves == 2 else self.token_width
+
+    @property
     def keys(self) -> Window:
-        """Where keys are."""
-        return Window(0, self.key_dim, self.key_dim, self.kv_heads, self.width)
+        """Where a token's keys are."""
+        return Window(0, self.key_dim, self.key_dim, self.kv_heads, self.token_width)
 
     @property
     def vals(self) -> Window:
-        """Where values are."""
+        """Where a token's values are."""
         if self.latent:
-            return Window(0, self.key_dim, self.value_dim, self.kv_heads, self.width)
+            return Window(0, self.key_dim, self.value_dim, self.kv_heads, self.token_width)
         base = self.kv_heads * self.key_dim
-        return Window(base, self.value_dim, self.value_dim, self.kv_heads, self.width)
+        return Window(base, self.value_dim, self.value_dim, self.kv_heads, self.token_width)
 
     @property
     def token_bytes(self) -> int:
         """Bytes that a token takes."""
-        return self.width * 4 // self.pack
+        return self.width * 4 // self.pack // self.halves
+
+    def place(self, index: jax.Array, tokens: int = 1) -> jax.Array:
+        """Where in a chunk its keys lie, in steps of so many tokens, given their order.
+
+        Keys are computed 128 of first halves, then 128 of second ones, and so on, for which nothing
+        has to move along lanes.
+        """
+        if self.halves == 1:
+            return index
+        block, low = LANES // tokens, GROUP_ROWS * self.pack // tokens
+        half, inner = index // block & 1, index & (block - 1)
+        return (index & -2 * block) + 2 * (inner & -low) + half * low + (inner & (low - 1))
 
 
 @jax.tree_util.register_dataclass
@@ -150,8 +186,8 @@ class KVCache:
     def unpack(self) -> tuple[jax.Array, jax.Array]:
         """Keys [pages, page_size, kv_heads, key_dim] and values [..., value_dim]."""
         layout = self.layout
-        rows = from_words(self.words, layout.dtype)
-        pages = rows.reshape(self.num_pages, layout.page_size, layout.width)
+        rows = from_words(apart(self.words, layout), layout.dtype)
+        pages = rows.reshape(self.num_pages, layout.page_size, layout.token_width)
 
         def part(window: Window) -> jax.Array:
             lanes = window.base + jnp.arange(window.heads)[:, None] * window.stride
@@ -161,7 +197,7 @@ class KVCache:
 
 
 def token_rows(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -> jax.Array:
-    """Rows [tokens, width] in the type of the cache. keys: [tokens, kv_heads, key_dim].
+    """Rows [tokens, token_width] in the type of the cache. keys: [tokens, kv_heads, key_dim].
 
     What is not finite in values is moved to their keys, see `contained`.
     """
@@ -171,7 +207,7 @@ def token_rows(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -
     else:
         parts = contained(keys.astype(layout.dtype), values.astype(layout.dtype))
     rows = jnp.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
-    return jnp.pad(rows, ((0, 0), (0, layout.width - rows.shape[1])))
+    return jnp.pad(rows, ((0, 0), (0, layout.token_width - rows.shape[1])))
 
 
 def contained(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -212,7 +248,43 @@ def pack_pages(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -
         dims.bind("values", values, f"{shape} {layout.value_dim}")
     flat = None if values is None else values.reshape(-1, *values.shape[2:])
     rows = token_rows(keys.reshape(-1, *keys.shape[2:]), flat, layout)
-    return KVCache(to_words(rows), layout)
+    return KVCache(joined(to_words(rows), layout), layout)
+
+
+def joined(words: jax.Array, layout: CacheLayout) -> jax.Array:
+    """Rows [n / halves, width] of the cache from words of tokens [n, token_width]."""
+    if layout.halves == 1:
+        return words
+    halves = words.reshape(-1, 2, GROUP_ROWS, layout.token_width)
+    one, other = (in_both(halves[:, half], layout) for half in (0, 1))
+    return jnp.where(lane_halves(layout) == 0, one, other).reshape(-1, layout.width)
+
+
+def in_both(words: jax.Array, layout: CacheLayout) -> jax.Array:
+    """Rows [..., width] with words of tokens [..., token_width] in every half."""
+    if layout.halves == 1:
+        return words
+    latent, rotated = jnp.split(words[..., : layout.width // 2], [layout.value_dim], axis=-1)
+    return jnp.concatenate([latent, latent, rotated, rotated], axis=-1)
+
+
+def lane_halves(layout: CacheLayout) -> jax.Array:
+    """[width] int32, which half of a row its lanes belong to."""
+    lane, rank = jnp.arange(layout.width), layout.value_dim
+    second = jnp.where(lane < 2 * rank, lane >= rank, lane >= 2 * rank + LANES // 2)
+    return (second & (layout.halves == 2)).astype(jnp.int32)
+
+
+def apart(rows: jax.Array, layout: CacheLayout) -> jax.Array:
+    """The inverse of `joined`."""
+    if layout.halves == 1:
+        return rows
+    groups, rank = rows.reshape(-1, GROUP_ROWS, 1, layout.width), layout.value_dim
+    latents = groups[..., : 2 * rank].reshape(-1, GROUP_ROWS, 2, rank)
+    rotated = groups[..., 2 * rank :].reshape(-1, GROUP_ROWS, 2, LANES // 2)
+    rotated = jnp.pad(rotated, ((0, 0), (0, 0), (0, 0), (0, LANES // 2)))
+    both = jnp.concatenate([latents, rotated], axis=3)
+    return both.swapaxes(1, 2).reshape(-1, layout.token_width)
 
 
 def word_bits(rows: jax.Array) -> jax.Array:

@@ -114,7 +114,7 @@ class Problem:
         """
         rows = ((self.q_heads, self.layout.key_dim), (self.q_heads, self.layout.value_dim))
         size = sum(padded((self.num_tokens, *row), self.dtype) for row in rows)
-        size += padded((self.num_tokens, self.layout.width), self.layout.dtype)
+        size += padded((self.num_tokens, self.layout.token_width), self.layout.dtype)
         return size <= RESIDENT_BYTES and not (self.lse or self.tree)
 
     @property
@@ -184,7 +184,7 @@ class Plan:
             block=self.queries,
             tile=self.keys,
             page_size=problem.layout.page_size,
-            pack=problem.layout.pack,
+            group=problem.layout.group,
             causal=problem.causal,
             windowed=problem.windowed,
             update=problem.update,
@@ -257,14 +257,13 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
     rows = round_up(max([0, *(style.rows for style in styles if not style.columns)]), 16)
     columns = max([0, *(style.rows for style in styles if style.columns)])
     lanes = layout.keys.width * (2 if any(style.split for style in styles) else 1)
-    groups = plan.keys // layout.pack // GROUP_ROWS
     blocks, outs, held, fresh = plan.blocks, 2, queries, queries
     if problem.resident:  # the last block may be shorter than what it is computed as
         blocks, outs, held = 1, 1, problem.num_tokens + queries
         fresh = round_up(problem.num_tokens, GROUP_ROWS * layout.pack)
-    fresh += 6 * GROUP_ROWS * layout.pack
+    fresh += (5 + layout.halves) * GROUP_ROWS * layout.pack
     found = {
-        "tiles": ((plan.tiles, groups, GROUP_ROWS, layout.width), jnp.int32),
+        "tiles": ((plan.tiles, plan.keys // layout.group, GROUP_ROWS, layout.width), jnp.int32),
         "queries": ((blocks, held, problem.q_heads, layout.key_dim), problem.dtype),
         "scaled": ((heads, max(rows, columns), lanes), problem.compute_dtype),
         "out": ((outs, held, problem.q_heads, layout.value_dim), problem.dtype),
@@ -277,7 +276,7 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
         found["column_sum"] = ((heads, layout.vals.width, columns), f32)
         found["far"] = ((plan.keys // plan.chunk, heads, 8, columns), f32)
     if problem.update:
-        found["fresh"] = ((blocks, fresh, layout.width), jnp.dtype(layout.dtype))
+        found["fresh"] = ((blocks, fresh, layout.token_width), jnp.dtype(layout.dtype))
     if problem.tree:
         found["tree"] = ((plan.blocks, queries + GROUP_ROWS, LANES), jnp.int32)
     if problem.lse:
@@ -297,7 +296,7 @@ def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
     """Bytes that the kernel may need: the buffers, and room for logits and what is spilled."""
     strip = min(STRIP_ROWS, max(8, plan.queries * problem.group))
     arrays = 6 if problem.v_scales else 4  # of logits, weights and their halves
-    values = strip * plan.chunk * 4 * arrays + plan.chunk * problem.layout.width * 2
+    values = strip * plan.chunk * 4 * arrays + plan.chunk * problem.layout.token_width * 2
     dim = round_up(max(problem.layout.key_dim, problem.layout.value_dim), LANES)
     laid = 2 * round_up(problem.q_heads, 8) * dim * 4  # a token that is laid out
     if style_of(problem, plan.queries, chip.mxu_side).columns:
@@ -341,11 +340,11 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
     checks.check_type("ragged_attention", "plan", plan, Plan, "Use ragged_attention.Plan.")
     for name, value in dataclasses.asdict(plan).items():
         checks.check_type("ragged_attention", f"plan.{name}", value, int)
-    group = GROUP_ROWS * problem.layout.pack
-    least = max(group, 64) if problem.tree else group
+    layout = problem.layout
+    least = max(layout.group, 64) if problem.tree else layout.group
     if plan.queries & (plan.queries - 1) or not least <= plan.queries <= 512:
         refuse("queries", f"a power of two, {least} to 512")
-    unit = max(problem.layout.page_size, 4 * LANES)
+    unit = max(layout.page_size, 4 * LANES * layout.halves)
     if plan.keys % unit or plan.keys < unit:
         refuse("keys", f"a multiple of {unit}")
     for field in ("tiles", "blocks"):
@@ -374,7 +373,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
     Raises:
       UnsupportedError: nothing fits.
     """
-    least = 64 if problem.tree else GROUP_ROWS * problem.layout.pack
+    least = max(problem.layout.group, 64) if problem.tree else problem.layout.group
     prefill = problem.num_tokens > 8 * problem.num_requests
     wanted = max(least, min(256 if prefill else 128, problem.num_tokens))
     sizes = [n for n in (256, 128, 64, 32, 16, 8) if n >= least and n < 2 * wanted]

@@ -33,7 +33,6 @@ RUN = 32  # adjacent pages that move together
 JOINED = 64  # tokens of a page up to which that is worth looking for
 MISSING = 1  # bit 0 of a page's entry; then whether a RUN begins there, and the page's first unit
 RUN_BIT, UNITS_BIT = 1, 2
-FRESH_ABOVE = 2  # groups of a buffer of fresh rows above the first that is fetched
 
 
 class Operands(NamedTuple):
@@ -43,7 +42,7 @@ class Operands(NamedTuple):
     indices: Ref  # [..] i32 the list of pages, as `entries`; if it is long, [.., 128]
     sinks: Ref  # None, or [q_heads, 128] f32, lanes equal
     q: Ref  # [T, q_heads, key_dim]
-    fresh: Ref  # None, or [T, width] new rows in the type of the cache
+    fresh: Ref  # None, or [T, token width] new rows in the type of the cache
     tree: Ref  # None, or [T, 128] i32, words of ancestors in lanes 0 and 1
     k_scales: Ref  # None, or [blocks, kv_heads, 128] f32 of listed rows, see `row_scales.py`
     v_scales: Ref  # likewise
@@ -65,7 +64,7 @@ class Sems(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """On-chip memory; K = plan.keys / pack / 8, Q = plan.queries, R = Q * heads of a kv head."""
+    """On-chip memory; K = plan.keys / layout.group, Q = plan.queries, R = Q * a group of heads."""
 
     tiles: Ref  # [tiles, K, 8, width] i32
     queries: Ref  # [blocks, Q, q_heads, key_dim], or [1, T + Q, ..] if the batch is resident
@@ -78,7 +77,7 @@ class Scratch(NamedTuple):
     column_sum: Ref  # None, or [kv_heads, value lanes, R] f32
     far: Ref  # None, or [chunks of a tile, kv_heads, 8, R] f32, see `columns.py`
     out: Ref  # [2, Q, q_heads, value_dim], or [1, T + Q, ..]
-    fresh: Ref  # None, or [blocks or 1, tokens, width] in the type of the cache
+    fresh: Ref  # None, or [blocks or 1, tokens, token width] in the type of the cache
     tree: Ref  # None, or [blocks, Q + 8, 128] i32
     lse: Ref  # None, or [2, Q, lanes] f32
     k_scales: Ref  # None, or [tiles, plan.keys / 128 + 1, kv_heads, 128] f32
@@ -218,7 +217,7 @@ class Plumbing:
 
     def groups(self, keys: jax.Array) -> jax.Array:
         """Groups of rows of words that hold so many keys."""
-        group = GROUP_ROWS * self.layout.pack
+        group = self.layout.group
         return (keys + group - 1) >> (group.bit_length() - 1)
 
     def move(self, source: Any, target: Any, count: Any, sem: Ref) -> None:
@@ -285,6 +284,11 @@ class Plumbing:
         """Token row of a position, less the position."""
         return record.row - record.position
 
+    @property
+    def fresh_above(self) -> int:
+        """Times 8 rows of words of a buffer of fresh rows above the first that is fetched."""
+        return 1 + self.layout.halves
+
     def fresh_rows(self, record: Noted) -> tuple[jax.Array, jax.Array]:
         """Rows of words [begin, begin + count) with the record's new tokens."""
         pack, shift = self.layout.pack, self.shift(record)
@@ -302,7 +306,7 @@ class Plumbing:
             rows = self.fresh_rows(record)
             begin, count = (pl.multiple_of(x * self.layout.pack, group) for x in rows)
         source = self.hbm.fresh.at[pl.ds(begin, count)]
-        target = self.vmem.fresh.at[slot, pl.ds(FRESH_ABOVE * group, count)]
+        target = self.vmem.fresh.at[slot, pl.ds(self.fresh_above * group, count)]
         return pltpu.make_async_copy(source, target, self.vmem.sems.fresh.at[slot])
 
     def fresh_slot(self, index: Any) -> Any:

@@ -104,7 +104,7 @@ class Limits(NamedTuple):
     block: int  # most query tokens of a block
     tile: int  # keys of a tile
     page_size: int
-    pack: int  # tokens that share words
+    group: int  # tokens of a group of rows, which a DMA moves at once
     causal: bool
     windowed: bool
     update: bool
@@ -254,8 +254,8 @@ class Walk(NamedTuple):
         limits = self.limits
         new = select(at.written == NOT_YET, jnp.maximum(request.first, 0), at.key)
         key = new & -limits.page_size
-        group = GROUP_ROWS * limits.pack  # records do not share what a DMA moves
-        end = key + jnp.minimum(limits.tile, (new - key + limits.block) & -group)
+        # Records do not share what a DMA moves.
+        end = key + jnp.minimum(limits.tile, (new - key + limits.block) & -limits.group)
         end = jnp.minimum(end, request.kv_len)
         record = Record(
             kind=jnp.int32(WRITES),

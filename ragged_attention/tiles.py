@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ragged_attention.flash import iota
+from ragged_attention.layout import LANES
 from ragged_attention.plumbing import (
-    FRESH_ABOVE,
     JOINED,
     MISSING,
     RUN,
@@ -157,9 +157,8 @@ class Tiles(RowScales):
 
     def mend(self, record: Noted, slot: jax.Array, fresh: Ref | None) -> None:
         """Puts new rows into a tile, and zeroes what is behind its last key in the same group."""
-        layout = self.layout
-        pack, width, bits = layout.pack, 32 // layout.pack, layout.pack.bit_length() - 1
-        group = GROUP_ROWS * pack
+        pack, width = self.layout.pack, 32 // self.layout.pack
+        half, bits = GROUP_ROWS * pack, pack.bit_length() - 1
         tile, shift = self.vmem.tiles.at[slot], self.shift(record)
         places = iota((GROUP_ROWS, 1), 0) * pack
 
@@ -169,22 +168,40 @@ class Tiles(RowScales):
             return jnp.where(count >= pack, -1, some)
 
         def mend(g: jax.Array) -> None:
-            behind = g * group + places
-            kept, valid = low(record.cached - behind), low(record.span - behind)
+            begins = [g * self.layout.group + i * half for i in range(self.layout.halves)]
+
+            def first(count: jax.Array) -> jax.Array:
+                return self.joined([low(count - begin - places) for begin in begins])
+
+            kept, valid = first(record.cached), first(record.span)
             mended = tile[g] & (kept & valid)
             if fresh is not None:
-                place = ((record.key + g * group) >> bits) + (shift >> bits)
-                place += FRESH_ABOVE * GROUP_ROWS
-                place -= 0 if self.problem.resident else self.fresh_rows(record)[0]
-                new = shifted(fresh, pack, place, (shift & (pack - 1)) * width)
-                mended |= new & (valid & ~kept)
+                mended |= self.joined([new_words(fresh, x) for x in begins]) & (valid & ~kept)
             tile[g] = mended
+
+        def new_words(fresh: Ref, begin: Any) -> jax.Array:
+            """Words of new rows for the tile's keys from `begin` on."""
+            place = ((record.key + begin) >> bits) + (shift >> bits)
+            place += self.fresh_above * GROUP_ROWS
+            place -= 0 if self.problem.resident else self.fresh_rows(record)[0]
+            return shifted(fresh, pack, place, (shift & (pack - 1)) * width)
 
         at_least_once(self.whole_group(record.cached), self.groups(record.span), mend)
 
+    def joined(self, halves: list[jax.Array]) -> jax.Array:
+        """A group's rows from words of its halves, as in `layout.joined`; [8, 1] are all lanes."""
+        if len(halves) == 1:
+            return halves[0]
+        width, rank = self.layout.token_width, self.layout.value_dim
+        one, other = (jnp.broadcast_to(x, (GROUP_ROWS, width)) for x in halves)
+        lane = iota((GROUP_ROWS, LANES), 1)
+        moved = pltpu.roll(other[:, rank:], LANES // 2, 1)
+        rotated = jnp.where(lane < LANES // 2, one[:, rank:], moved)
+        return jnp.concatenate([one[:, :rank], other[:, :rank], rotated], axis=1)
+
     def whole_group(self, keys: Any) -> Any:
         """Groups that are full of so many keys."""
-        return keys >> ((GROUP_ROWS * self.layout.pack).bit_length() - 1)
+        return keys >> (self.layout.group.bit_length() - 1)
 
 
 def at_least_once(begin: jax.Array, end: jax.Array, action: Callable[[Any], None]) -> None:

@@ -45,17 +45,23 @@ class Shape:
     scales: str = ""  # of "one", "heads", "tokens", "rows"
     options: tuple[tuple[str, float | bool | ra.Plan], ...] = ()
 
+    @property
+    def layout(self):
+        """Of the cache."""
+        dims = (self.kv_heads, self.key_dim, self.value_dim or self.key_dim)
+        return ra.CacheLayout(*dims, self.cache, self.page_size, self.latent)
+
     def call(self):
         """The jitted function, and shapes for it."""
-        tokens, n, heads = self.tokens, self.requests, self.q_heads
-        value_dim = self.value_dim or self.key_dim
-        dims = (self.kv_heads, self.key_dim, value_dim)
-        layout = ra.CacheLayout(*dims, self.cache, self.page_size, self.latent)
+        tokens, n, heads, layout = self.tokens, self.requests, self.q_heads, self.layout
 
         def array(*shape, dtype=jnp.int32):
             return jax.ShapeDtypeStruct(shape, dtype)
 
-        rows = [array(tokens, self.kv_heads, d, dtype=self.dtype) for d in dims[1:]]
+        rows = [
+            array(tokens, self.kv_heads, d, dtype=self.dtype)
+            for d in (layout.key_dim, layout.value_dim)
+        ]
         rows[1] = None if self.latent else rows[1]
         pool = array(n * self.pages * layout.page_rows, layout.width)
         pages = array(n, self.pages) if self.table else array(n * self.pages)
@@ -107,6 +113,7 @@ MATRIX = {
     "e4m3, 8/2 heads, page 128, scales of rows, window": Shape(8, 2, cache=F8, scales="rows", mask="window"),
     "int8, 6/3 of 80, page 16, scales of rows, soft cap, lse": Shape(6, 3, 80, cache=I8, page_size=16, scales="rows", options=(CAP, LSE)),
     "latents, e5m2, page 64, scales of rows": Shape(4, **LATENT, cache=F8W, page_size=64, scales="rows"),
+    "latents, e4m3, page 32": Shape(4, **LATENT, cache=F8, page_size=32),
     "latents, page 64, windows, sinks, checks off": Shape(4, **LATENT, page_size=64, mask="windows", sinks=True, options=(UNCHECKED,)),
 }  # fmt: skip
 PAIRS = [(name, chip) for name in MATRIX for chip in ra.SUPPORTED_CHIPS]
@@ -115,8 +122,8 @@ PAIRS = [(name, chip) for name in MATRIX for chip in ra.SUPPORTED_CHIPS]
 @pytest.mark.parametrize(("name", "chip"), PAIRS)
 def test_the_matrix_compiles(name, chip):
     shape = MATRIX[name]
-    queries = 64 if shape.mask == "tree" else max(16, 32 // jnp.dtype(shape.cache).itemsize)
-    small = dataclasses.replace(SMALL, queries=queries)
+    queries = 64 if shape.mask == "tree" else max(16, shape.layout.group)
+    small = dataclasses.replace(SMALL, queries=queries, keys=512 * shape.layout.halves)
     compiles(dataclasses.replace(shape, options=(*shape.options, ("plan", small))), chip)
 
 

@@ -24,7 +24,14 @@ from ragged_attention import (
 from reference import ragged_attention as reference
 from tests.ragged_attention import oracle
 from tests.ragged_attention.oracle import random_batch
-from tests.ragged_attention.test_ragged_attention import PLAN, bound, check_gates, compiled, run
+from tests.ragged_attention.test_ragged_attention import (
+    PLAN,
+    bound,
+    check_gates,
+    compiled,
+    legal,
+    run,
+)
 from tpukit import interpret
 
 pytestmark = pytest.mark.needs("interpreted faults")
@@ -42,9 +49,8 @@ def passes(mode, batch=None):
     """Whether the gates are green: values, the cache, and the strict harness."""
     compiled.cache_clear()
     batch = mixed() if batch is None else batch
-    queries = max(TIGHT.queries, 8 * batch.layout.pack)
     try:
-        check_gates(batch, run(batch, mode, dataclasses.replace(TIGHT, queries=queries)))
+        check_gates(batch, run(batch, mode, legal(TIGHT, batch)))
     except (AssertionError, interpret.InterpretError):
         return False
     finally:

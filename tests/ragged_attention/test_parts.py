@@ -275,7 +275,7 @@ def records(kv_lens, q_lens, **limits):
     batch = Batch(*(jnp.asarray(x, jnp.int32) for x in scalars))
     options = {
         "num_tokens": sum(q_lens), "num_indices": int(offsets[-1]), "block": 16, "tile": 64,
-        "page_size": 16, "pack": 2, "causal": True, "windowed": False,
+        "page_size": 16, "group": 16, "causal": True, "windowed": False,
         "update": True, "placed": False,
     }  # fmt: skip
     walk = Walk(batch, Limits(**(options | limits)))
@@ -318,7 +318,7 @@ def test_a_window_skips_to_its_page():
         jnp.array([1000], jnp.int32), jnp.array([0, 1], jnp.int32), jnp.array([0, 63], jnp.int32),
         window, jnp.zeros(1, jnp.int32), jnp.array([1], jnp.int32),
     )  # fmt: skip
-    limits = Limits(1, 63, 16, 64, 16, 2, True, True, True, False)
+    limits = Limits(1, 63, 16, 64, 16, 16, True, True, True, False)
     walk = Walk(batch, limits)
     record, cursor = walk.record(walk.start())  # the rows before the first request: none
     record, cursor = walk.record(cursor)

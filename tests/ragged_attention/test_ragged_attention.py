@@ -45,10 +45,16 @@ def split(batch, more):
     return tuple(sorted(options.items())), arrays
 
 
+def legal(plan, batch):
+    """The plan with the least changes that the layout needs."""
+    queries = max(plan.queries, batch.layout.group)
+    return dataclasses.replace(plan, queries=queries, keys=plan.keys * batch.layout.halves)
+
+
 def run(batch, mode=LATE, plan=None, **more):
     """The kernel's results under the strict harness, as numpy arrays."""
     if plan is None:
-        plan = dataclasses.replace(PLAN, queries=max(16, 8 * batch.layout.pack))
+        plan = legal(PLAN, batch)
     statics, arrays = split(batch, more)
     with interpret.strict(mode):
         return jax.tree.map(np.asarray, compiled(mode, plan, statics)(batch.args(), arrays))
@@ -101,7 +107,7 @@ def check_cache(batch, cache):
 
 def in_last_group(batch, live):
     """Rows behind a request's last key in the group that is written with it."""
-    group = min(8 * batch.layout.pack, batch.layout.page_size)
+    group = min(batch.layout.group, batch.layout.page_size)
     grouped = live.reshape(live.shape[0], -1, group).any(axis=2)
     return np.repeat(grouped, group, axis=1) & ~live
 
