@@ -23,6 +23,7 @@ from ragged_attention.plan import MANY, Problem, Style
 from ragged_attention.schedule import FIRST, Noted
 from ragged_attention.tiles import Tiles
 from tpukit.buffers import repeat
+from tpukit.chips import Chip
 
 OPENED = 32  # tokens of a block of many that are laid out together when it opens
 HIGH = -(2**16)  # the upper half of a word
@@ -30,9 +31,9 @@ HIGH = -(2**16)  # the upper half of a word
 
 @dataclasses.dataclass(frozen=True)
 class Blocks(Tiles):
-    """What happens to a block before its first tile and after its last; `side` as in `Style`."""
+    """What happens to a block before its first tile and after its last."""
 
-    side: int
+    chip: Chip
 
     def open(self, record: Noted, style: Style) -> None:
         """Waits for the block's queries, lays them out by head and scales them."""

@@ -96,12 +96,16 @@ class Chunks(Blocks):
         moved = pltpu.roll(words, LANES // 2, 1) if half else words
         return jnp.where(iota(words.shape, 1) < LANES // 2, moved, 0)
 
-    def keys_of(self, head: Any, chunk: Chunk) -> jax.Array:
+    def operand(self, style: Style) -> Any:
+        """Type of keys and values as they are multiplied."""
+        return jnp.dtype(self.layout.dtype) if style.narrow else self.problem.compute_dtype
+
+    def keys_of(self, head: Any, chunk: Chunk, style: Style) -> jax.Array:
         """[size, key lanes]."""
         words = self.words(self.layout.keys, head, chunk)
-        return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
+        return flash.unpacked(words, self.layout.dtype, self.operand(style))
 
-    def values_of(self, record: Noted, head: Any, chunk: Chunk) -> jax.Array:
+    def values_of(self, record: Noted, head: Any, chunk: Chunk, style: Style) -> jax.Array:
         """[size, value lanes]; zeros behind the tile's last key, where anything may lie."""
         pack = self.layout.pack
         words = self.words(self.layout.vals, head, chunk)
@@ -112,7 +116,7 @@ class Chunks(Blocks):
             place = self.layout.place(sure + iota((len(last), 1), 0), pack)
             last = jnp.where(place < rows, last, 0)
             words = jnp.concatenate([words[:sure], last], axis=0) if sure else last
-        return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
+        return flash.unpacked(words, self.layout.dtype, self.operand(style))
 
     def key_factor(self, head: Any, chunk: Chunk) -> jax.Array:
         """What q . k is multiplied by; [1, size] where rows have scales.

@@ -48,8 +48,8 @@ class Columns(Rows):
             masks: dict[Any, jax.Array] = {}
             made: list[tuple[Strip, jax.Array, jax.Array]] = []
             for head in heads:
-                k = self.keys_of(head, chunk)
-                v = flash.turned(self.values_of(record, head, chunk))
+                k = self.keys_of(head, chunk, style)
+                v = flash.turned(self.values_of(record, head, chunk, style))
                 for columns in style.strips:
                     strip = Strip(head, *columns)
                     made.append((strip, self.logits(record, chunk, style, strip, k, masks), v))
@@ -68,7 +68,7 @@ class Columns(Rows):
         def some(heads: list[Any]) -> None:
             masks: dict[Any, jax.Array] = {}
             for head in heads:
-                k = self.keys_of(head, chunk)
+                k = self.keys_of(head, chunk, style)
                 for columns in style.strips:
                     strip = Strip(head, *columns)
                     s = self.logits(record, chunk, style, strip, k, masks)
@@ -92,10 +92,10 @@ class Columns(Rows):
         def take(n: jax.Array, chunk: Chunk) -> None:
             head, begin = n // strips, pl.multiple_of(n % strips * count, count)
             strip = Strip(head, begin, count)
-            s = self.logits(record, chunk, style, strip, self.keys_of(head, chunk), {})
+            s = self.logits(record, chunk, style, strip, self.keys_of(head, chunk, style), {})
             near = self.vmem.far[self.chunk_index(chunk), head, :, strip.rows] <= FAR
             s = jnp.where(jnp.broadcast_to(near[:1], s.shape), UNSEEN, s)
-            v = flash.turned(self.values_of(record, head, chunk))
+            v = flash.turned(self.values_of(record, head, chunk, style))
             new, _ = flash.add(flash.look(self.columns_of(head, strip.rows), s), s, v)
             self.keep_columns(head, strip.rows, new)
 

@@ -5,6 +5,7 @@ Logarithms are to base 2 throughout: a softmax needs exp2 only, and exp is exp2 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,10 @@ from ragged_attention.layout import LANES
 LOG2_E = 1.4426950408889634
 SUBLANES = 8
 UNSEEN = -1e30  # logit of a key that is not seen
+NARROW = jnp.float8_e4m3fn
+MOST = 8  # its numbers go beyond 2^8
+PART = 16.0  # it has 4 bits: what it leaves of a number is less than a 16th
+F32_BITS, BIAS = 23, 127  # where the exponent of f32 begins, and what stands for 0
 FLOOR = -1e29  # what `top` starts from: so far above UNSEEN that such a key's weight is 0
 
 
@@ -90,9 +95,41 @@ def logits(
     """
     split = q.shape[1] == 2 * k.shape[1]
     k = jnp.concatenate([k, k], axis=1) if split else k
-    s = dot(k, q, (1, 1)) if columns else dot(q, k, (1, 1))
-    s = s if split else s * factor
+    if k.dtype == NARROW:
+        q, unit = normal(q.astype(jnp.float32))
+        s = narrow_dot(q, k, (1, 1), 2) * (unit * factor)
+    else:
+        s = dot(k, q, (1, 1)) if columns else dot(q, k, (1, 1))
+        s = s if split else s * factor
     return s if soft_cap is None else (soft_cap * LOG2_E) * jnp.tanh(s)
+
+
+# Products of float8, which take half the passes of bfloat16. The other operand is f32, and is taken
+# apart into numbers of 4 bits; those are few rows more for a matrix unit that has to load the keys.
+
+
+def normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows x within 2^MOST, and the powers of two [rows, 1] that they have been divided by."""
+    bits = lax.bitcast_convert_type(jnp.max(jnp.abs(x), axis=1, keepdims=True), jnp.int32)
+    # The exponent of 1 is BIAS; the least of a normal number is 1.
+    exponent = jnp.maximum((bits >> F32_BITS) + 1 - MOST, 1)
+    unit, inverse = (
+        lax.bitcast_convert_type(e << F32_BITS, jnp.float32)
+        for e in (exponent, 2 * BIAS - exponent)
+    )
+    return x * inverse, unit
+
+
+def narrow_dot(x: jax.Array, y: jax.Array, contract: tuple[int, int], parts: int) -> jax.Array:
+    """[rows, ..] f32 from x [rows, n] f32 within 2^MOST, 4 bits in every part, and float8 y."""
+    rows, rest, found = len(x), x, []
+    for _ in range(parts):
+        part = rest.astype(NARROW).astype(jnp.float32)
+        rest = (rest - part) * PART
+        found.append(part)
+    products = dot(jnp.concatenate(found, axis=0).astype(NARROW), y, contract)
+    each = (products[i * rows : (i + 1) * rows] * PART**-i for i in range(parts))
+    return functools.reduce(jnp.add, each)
 
 
 def weighted(weights: jax.Array, scale: jax.Array | None, v: jax.Array) -> jax.Array:
@@ -111,15 +148,18 @@ def weighted(weights: jax.Array, scale: jax.Array | None, v: jax.Array) -> jax.A
     return o[: len(scaled)] + o[len(scaled) :]
 
 
-def fold(
-    state: Softmax, s: jax.Array, v: jax.Array, compute: Any, scale: jax.Array | None = None
-) -> Softmax:
+def fold(state: Softmax, s: jax.Array, v: jax.Array, scale: jax.Array | None = None) -> Softmax:
     """Takes keys into account: logits s [rows, keys], values v [keys, value width] and scales."""
     top = jnp.maximum(state.top, jnp.max(s, axis=1, keepdims=True))
-    weights = jnp.exp2(s - wide(top, s.shape[1])).astype(compute)
     fade = jnp.exp2(state.top - top)
-    o = weighted(weights, scale, v)
-    total = jnp.sum(weights.astype(jnp.float32), axis=1, keepdims=True)
+    if v.dtype == NARROW:
+        weights = jnp.exp2(s - wide(top - MOST, s.shape[1]))
+        o = narrow_dot(weights, v, (1, 0), 3) * 2.0**-MOST
+        total = jnp.sum(weights, axis=1, keepdims=True) * 2.0**-MOST
+    else:
+        weights = jnp.exp2(s - wide(top, s.shape[1])).astype(v.dtype)
+        o = weighted(weights, scale, v)
+        total = jnp.sum(weights.astype(jnp.float32), axis=1, keepdims=True)
     return Softmax(top, state.total * fade + total, state.o * wide(fade, o.shape[1]) + o)
 
 

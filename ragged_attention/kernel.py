@@ -145,7 +145,7 @@ class Pass(Columns):
             self.erase_pages(record, slot)
 
         def attend(tokens: int) -> None:
-            self.attend(record, slot, style_of(self.problem, tokens, self.side))
+            self.attend(record, slot, style_of(self.problem, tokens, self.chip))
 
         def attend_all() -> None:
             smallest(record.count, self.plan.query_sizes, attend)
@@ -277,7 +277,7 @@ def ragged_attention_kernel(
             zip(outputs, refs[len(names) :], strict=False)
         )
         hbm = Operands(*(given.get(name) for name in Operands._fields))
-        Pass(problem, plan, described, hbm, refs[-1], chip.mxu_side).run()
+        Pass(problem, plan, described, hbm, refs[-1], chip).run()
 
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     results = pl.pallas_call(
@@ -291,7 +291,7 @@ def ragged_attention_kernel(
                 for name in names[scalars - len(batch) :]
             ],
             out_specs=[hbm] * len(outputs),
-            scratch_shapes=[Scratch.shapes(problem, plan, chip.mxu_side)],
+            scratch_shapes=[Scratch.shapes(problem, plan, chip)],
         ),
         out_shape=list(outputs.values()),
         input_output_aliases={len(batch) + names.index("cache"): len(outputs) - 1},

@@ -26,6 +26,7 @@ STRIP_ROWS = 256  # rows of logits that are computed together
 STRIP_COLUMNS = 512  # columns of them: the matrix units work on one half while the other is weighed
 STRIPS_AT_ONCE = 4  # of a block of many queries: the next one's products hide the last one's sums
 F32_PASSES = 6  # products of bf16 that make one of f32
+NARROW_LANES = 18  # of keys and values that pay for taking a row of float8 products apart
 CODE = 10_000  # most products in unrolled code: some 10 seconds of compiling
 CHUNK = 2048  # keys of a tile that are computed together
 TILE_BYTES = 8 * 2**20  # longest tile worth having
@@ -201,6 +202,7 @@ class Style:
       rows: rows of a key/value head: its query heads, one after another, each with all tokens.
       columns: they are columns of logits, whose weights need no maximum first (see `columns.py`).
       split: queries carry their scale, as two halves (see `flash.halves`).
+      narrow: float8 keys and values are multiplied as they are, by rows in `flash.parts`.
       unrolled: all heads are unrolled, not a loop.
     """
 
@@ -208,6 +210,7 @@ class Style:
     rows: int
     columns: bool
     split: bool
+    narrow: bool
     unrolled: bool
 
     @property
@@ -222,17 +225,22 @@ class Style:
         return [(r, min(step, self.rows - r)) for r in range(0, self.rows, step)]
 
 
-def style_of(problem: Problem, tokens: int, side: int) -> Style:
-    """The style of blocks of `tokens`; `side` is the size of the chip's matrix unit."""
+def style_of(problem: Problem, tokens: int, chip: Chip) -> Style:
+    """The style of blocks of `tokens` on a chip."""
     rows = tokens * problem.group
     columns = tokens >= MANY and rows % LANES == 0 and problem.compute_dtype != jnp.float32
     columns &= not problem.layout.latent  # values as wide as those take too long to turn
     columns &= not problem.row_scales  # their keys would be along sublanes
+    # v6e has products of float8 as well, but takes NaN for a number.
+    narrow = chip.name == "tpu7x" and problem.layout.dtype == "float8_e4m3fn"
+    narrow &= problem.compute_dtype == jnp.bfloat16 and not problem.row_scales
+    narrow &= NARROW_LANES * rows <= problem.layout.keys.width + problem.layout.vals.width
     return Style(
         tokens=tokens,
         rows=rows,
         columns=columns,
-        split=columns and 2 * problem.layout.keys.width <= side,
+        split=columns and 2 * problem.layout.keys.width <= chip.mxu_side,
+        narrow=narrow and not columns,
         unrolled=tokens < MANY,
     )
 
@@ -249,15 +257,15 @@ def heads_at_once(style: Style, layout: CacheLayout, plan: Plan, *, whole: bool 
     return math.gcd(layout.kv_heads, max(1, strips // len(style.strips)))
 
 
-def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+def buffers(problem: Problem, plan: Plan, chip: Chip) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shape and type of every buffer in VMEM, by name."""
     layout, f32 = problem.layout, jnp.float32
     heads, queries = layout.kv_heads, plan.queries
-    styles = [style_of(problem, n, side) for n in plan.query_sizes]
+    styles = [style_of(problem, n, chip) for n in plan.query_sizes]
     rows = round_up(max([0, *(style.rows for style in styles if not style.columns)]), 16)
     columns = max([0, *(style.rows for style in styles if style.columns)])
     lanes = layout.keys.width * (2 if any(style.split for style in styles) else 1)
-    blocks, outs, held, fresh = plan.blocks, 2, queries, queries
+    blocks, outs, held, fresh = plan.blocks, 2, queries, max(queries, layout.group)
     if problem.resident:  # the last block may be shorter than what it is computed as
         blocks, outs, held = 1, 1, problem.num_tokens + queries
         fresh = round_up(problem.num_tokens, GROUP_ROWS * layout.pack)
@@ -289,7 +297,7 @@ def buffers(problem: Problem, plan: Plan, side: int) -> dict[str, tuple[tuple[in
 
 def vmem_bytes(problem: Problem, plan: Plan, chip: Chip) -> int:
     """Bytes of VMEM that the kernel's buffers take."""
-    return sum(padded(*buffer) for buffer in buffers(problem, plan, chip.mxu_side).values())
+    return sum(padded(*buffer) for buffer in buffers(problem, plan, chip).values())
 
 
 def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
@@ -299,16 +307,16 @@ def vmem_needed(problem: Problem, plan: Plan, chip: Chip) -> int:
     values = strip * plan.chunk * 4 * arrays + plan.chunk * problem.layout.token_width * 2
     dim = round_up(max(problem.layout.key_dim, problem.layout.value_dim), LANES)
     laid = 2 * round_up(problem.q_heads, 8) * dim * 4  # a token that is laid out
-    if style_of(problem, plan.queries, chip.mxu_side).columns:
+    if style_of(problem, plan.queries, chip).columns:
         values = max(values, laid * min(plan.queries, SECTION))
     else:
         values += laid * plan.queries
     return vmem_bytes(problem, plan, chip) + values + 6 * 2**20
 
 
-def code_size(problem: Problem, plan: Plan, side: int) -> int:
+def code_size(problem: Problem, plan: Plan, chip: Chip) -> int:
     """Products of registers in the code of the largest block, which is unrolled."""
-    style, layout = style_of(problem, plan.queries, side), problem.layout
+    style, layout = style_of(problem, plan.queries, chip), problem.layout
     heads = heads_at_once(style, layout, plan)
     passes = F32_PASSES if problem.compute_dtype == jnp.float32 else 1
     halves = 2 if problem.v_scales and passes == 1 else 1
@@ -341,7 +349,7 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
     for name, value in dataclasses.asdict(plan).items():
         checks.check_type("ragged_attention", f"plan.{name}", value, int)
     layout = problem.layout
-    least = max(layout.group, 64) if problem.tree else layout.group
+    least = 64 if problem.tree else 8
     if plan.queries & (plan.queries - 1) or not least <= plan.queries <= 512:
         refuse("queries", f"a power of two, {least} to 512")
     unit = max(layout.page_size, 4 * LANES * layout.halves)
@@ -373,7 +381,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
     Raises:
       UnsupportedError: nothing fits.
     """
-    least = max(problem.layout.group, 64) if problem.tree else problem.layout.group
+    least = 64 if problem.tree else 8
     prefill = problem.num_tokens > 8 * problem.num_requests
     wanted = max(least, min(256 if prefill else 128, problem.num_tokens))
     sizes = [n for n in (256, 128, 64, 32, 16, 8) if n >= least and n < 2 * wanted]
@@ -393,7 +401,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
         tile = length * problem.layout.token_bytes
         plan = Plan(queries, length, tiles, min(tiles, 8))
         useful = tile <= TILE_BYTES and (tiles <= 4 or tiles * tile <= TILES_BYTES)
-        useful &= code_size(problem, plan, chip.mxu_side) <= (CODE if prefill else 2 * CODE)
+        useful &= code_size(problem, plan, chip) <= (CODE if prefill else 2 * CODE)
         if useful and PLANS.fits(problem, plan, chip):
             return plan
     raise UnsupportedError(

@@ -26,6 +26,7 @@ from ragged_attention.schedule import (
     store_record,
 )
 from tpukit.buffers import repeat
+from tpukit.chips import Chip
 
 Ref = Any
 LANE_BITS, GROUP_BITS = LANES.bit_length() - 1, GROUP_ROWS.bit_length() - 1
@@ -101,14 +102,14 @@ class Scratch(NamedTuple):
         return Softmax(self.column_top, self.column_total, self.column_sum)
 
     @staticmethod
-    def shapes(problem: Problem, plan: Plan, side: int) -> Scratch:
+    def shapes(problem: Problem, plan: Plan, chip: Chip) -> Scratch:
         """Shapes of the fields; records have no more than the problem needs."""
         unused = {"window"} if not problem.windowed else set()
         unused |= {"first", "is_tree"} if not problem.tree else set()
         unused |= {"block"} if problem.resident else set()
         unused |= {"fences"} if not plan.limits(problem).may_write_ahead else set()
         book = pltpu.SMEM((plan.records,), jnp.int32)
-        found = {n: pltpu.VMEM(*buffer) for n, buffer in buffers(problem, plan, side).items()}
+        found = {n: pltpu.VMEM(*buffer) for n, buffer in buffers(problem, plan, chip).items()}
         first = Scratch._fields.index("books")
         return Scratch(
             **(dict.fromkeys(Scratch._fields[:first]) | found),

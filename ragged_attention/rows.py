@@ -41,16 +41,16 @@ class Rows(Chunks):
         def fold(strip: Strip, s: jax.Array) -> None:
             head, rows = strip.head, strip.rows
             state = self.known(head, rows, style, opens)
-            v = once(values, head, lambda h: self.values_of(record, h, chunk))
+            v = once(values, head, lambda h: self.values_of(record, h, chunk, style))
             scale = once(scales, head, lambda h: self.value_scales(h, chunk))
-            state = flash.fold(state, s, v, self.problem.compute_dtype, scale)
+            state = flash.fold(state, s, v, scale)
             for ref, new in zip(self.vmem.rows, state, strict=True):
                 ref[head, rows] = new
 
         opens = record.has(FIRST) & (chunk.begin == 0)
         before = None
         for strip in strips:
-            k = once(keys, strip.head, lambda h: self.keys_of(h, chunk))
+            k = once(keys, strip.head, lambda h: self.keys_of(h, chunk, style))
             s = self.logits(record, chunk, style, strip, k, masks)
             if before is not None:
                 fold(*before)

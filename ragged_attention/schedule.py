@@ -255,7 +255,8 @@ class Walk(NamedTuple):
         new = select(at.written == NOT_YET, jnp.maximum(request.first, 0), at.key)
         key = new & -limits.page_size
         # Records do not share what a DMA moves.
-        end = key + jnp.minimum(limits.tile, (new - key + limits.block) & -limits.group)
+        most = (new - key + max(limits.block, limits.group)) & -limits.group
+        end = key + jnp.minimum(limits.tile, most)
         end = jnp.minimum(end, request.kv_len)
         record = Record(
             kind=jnp.int32(WRITES),

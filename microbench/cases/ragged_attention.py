@@ -463,7 +463,7 @@ def figures(case: Case, report: Any) -> dict[str, float]:
     regions = [*kernel.outside, *(r for loop in kernel.loops for r in loop.regions)]
     busy = sorted((r for r in regions if r.ops.matmuls), key=lambda r: r.start)
     tokens = plan.queries if max(shape.q_lens) > 1 else 1
-    style = style_of(problem, tokens, chip_named(report.chip).mxu_side)
+    style = style_of(problem, tokens, chip_named(report.chip))
     if tokens == 1:
         busy = busy[: len(plan.key_sizes(style))]
     tile: Region = min(busy, key=lambda r: (-r.ops.matmuls, r.bundles))

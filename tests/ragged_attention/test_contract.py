@@ -156,8 +156,8 @@ def test_an_unknown_implementation_is_named():
 
 PLAN = ra.Plan(queries=16, keys=512, tiles=4, blocks=2)
 PLANS = {
-    "queries that are no power": (dict(queries=24), "plan.queries is 24; needs a power of two, 16 to 512"),
-    "queries below a group": (dict(queries=8), "plan.queries is 8"),
+    "queries that are no power": (dict(queries=24), "plan.queries is 24; needs a power of two, 8 to 512"),
+    "too few queries": (dict(queries=4), "plan.queries is 4"),
     "too many queries": (dict(queries=1024), "plan.queries is 1024"),
     "short tiles": (dict(keys=256), "plan.keys is 256; needs a multiple of 512"),
     "odd tiles": (dict(keys=768), "plan.keys is 768"),

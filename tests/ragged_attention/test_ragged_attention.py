@@ -47,8 +47,7 @@ def split(batch, more):
 
 def legal(plan, batch):
     """The plan with the least changes that the layout needs."""
-    queries = max(plan.queries, batch.layout.group)
-    return dataclasses.replace(plan, queries=queries, keys=plan.keys * batch.layout.halves)
+    return dataclasses.replace(plan, keys=plan.keys * batch.layout.halves)
 
 
 def run(batch, mode=LATE, plan=None, **more):
