@@ -88,7 +88,8 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
         page_offsets[r + 1]].
       num_requests: how many requests count, a number or int32 []; all by default.
       causal: a query sees no later position.
-      window: a query sees so many last positions: a number, or int32 [requests], 0 means all.
+      window: a query sees so many last positions: a number, or int32 [requests], 0 means all. A
+        Python number also bounds the tiles, which makes short windows quicker than an array does.
       ancestors: [tokens, 1 or 2] uint32 tree mask for requests of at most 64 query tokens: bit d of
         word w says that a token sees its request's query token 32 w + d. Keys before the query
         tokens are visible; longer requests stay causal.

@@ -49,6 +49,7 @@ class Problem:
       dtype: of queries and output.
       causal: a query sees no later position.
       windowed: requests have windows.
+      window: of all requests, where it is known when the call is traced, else 0.
       tree: query tokens have words of ancestors.
       sinks: heads have sinks.
       soft_cap: limit of the logits, or None.
@@ -73,6 +74,7 @@ class Problem:
     update: bool
     placed: bool
     lse: bool
+    window: int = 0
     k_scales: bool = False
     v_scales: bool = False
 
@@ -385,9 +387,12 @@ def model(problem: Problem, chip: Chip) -> Plan:
     prefill = problem.num_tokens > 8 * problem.num_requests
     wanted = max(least, min(256 if prefill else 128, problem.num_tokens))
     sizes = [n for n in (256, 128, 64, 32, 16, 8) if n >= least and n < 2 * wanted]
-    keys = (8192, 4096, 2048, 1024, 512)
+    keys = (2048, 1024, 512) if prefill else (8192, 4096, 2048, 1024, 512)
+    if problem.window:  # longer tiles are not filled
+        seen = problem.window + wanted + problem.layout.page_size
+        keys = tuple(k for k in keys if k < 2 * max(seen, 512 * problem.layout.halves))
     if prefill:  # many rows matter more than many buffers
-        order = itertools.product(sizes, keys[2:], (4, 2))
+        order = itertools.product(sizes, keys, (4, 2))
     else:
         order = (
             (n, k, t)

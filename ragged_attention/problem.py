@@ -189,6 +189,7 @@ def problem_of(call: Call) -> Problem:
         dtype=jnp.dtype(call.q.dtype),
         causal=call.causal,
         windowed=call.window is not None,
+        window=call.window if isinstance(call.window, int) else 0,
         tree=call.ancestors is not None,
         sinks=call.sinks is not None,
         soft_cap=None if call.soft_cap is None else float(call.soft_cap),

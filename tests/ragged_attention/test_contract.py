@@ -191,6 +191,13 @@ def test_tiles_hold_whole_pages(page_size):
     assert explain(cache=empty, plan=dataclasses.replace(PLAN, keys=1024)).source == "argument"
 
 
+def test_a_window_that_is_known_bounds_tiles():
+    """A number does; an array, and one as long as the longest tile, does not."""
+    longest = explain().plan.keys
+    assert [explain(window=n).plan.keys for n in (128, 1000, 1010)] == [512, 1024, 2048]
+    assert explain(window=2**20).plan.keys == longest == explain(window=jnp.int32(128)).plan.keys
+
+
 @pytest.mark.parametrize("chip", ra.SUPPORTED_CHIPS)
 def test_a_plan_too_big_says_how_big(chip):
     big = dataclasses.replace(PLAN, keys=2**16, tiles=8)
