@@ -109,10 +109,14 @@ def test_trees():
     check_gates(batch, run(batch, plan=legal(dataclasses.replace(PLAN, queries=64), batch)))
 
 
+def scaled_batch(page_size, **more):
+    shape = {"page_size": page_size, "num_pages": 20, "cache": E4M3}
+    return scaled(51, ([300, 520, 60, 90], [1, 3, 30, 1]), **SHAPE, **shape, **more)
+
+
 @pytest.mark.parametrize("page_size", [64, 128])
 def test_scales_of_rows(page_size):
-    shape = {"page_size": page_size, "num_pages": 40, "cache": E4M3, "window": WINDOWS[:4]}
-    batch = scaled(51, ([700, 1300, 60, 90], [1, 3, 30, 1]), **SHAPE, **shape)
+    batch = scaled_batch(page_size, window=WINDOWS[:4])
     check_gates(batch, run(batch))
 
 
@@ -175,8 +179,6 @@ def test_every_fault_is_seen(name, monkeypatch):
 
 
 def test_scales_in_the_order_of_tokens_are_seen(monkeypatch):
-    shape = {"page_size": 128, "num_pages": 40, "cache": E4M3}
-    batch = scaled(51, ([700, 1300, 60, 90], [1, 3, 30, 1]), **SHAPE, **shape)
-    assert passes(interpret.MODES[0], batch)
+    batch = scaled_batch(128)
     monkeypatch.setattr(row_scales.RowScales, "half_of", lambda self, pair, half: pair[half])
     assert not passes(interpret.MODES[0], batch)
