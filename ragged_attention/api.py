@@ -298,7 +298,7 @@ def launch(
     if problem.update:
         k, v = call.quantised()
         new = token_rows(k, v, layout)
-        padding = -tokens % (GROUP_ROWS * layout.pack)
+        padding = -tokens % layout.run
         operands["fresh"] = jnp.pad(new, ((0, padding), (0, 0))) if padding else new
     if (words := call.words()) is not None:
         below = -tokens % GROUP_ROWS + plan.queries + GROUP_ROWS

@@ -64,7 +64,10 @@ def allocate_kv_cache(
 def allocate_mla_cache(
     num_pages: int, page_size: int, rank: int, rope_dim: int, dtype: Any = jnp.bfloat16
 ) -> KVCache:
-    """An empty cache of latents: a token takes rank + rope_dim lanes, rounded up to 128.
+    """An empty cache of latents, rank + rope_dim lanes of a token.
+
+    Two of them take 2 * rank + 128 lanes if rank is a multiple of 128, rope_dim at most 64 and a
+    page long enough (32 tokens of bfloat16, 16 of 4 bytes, 64 of 1), else each is padded to 128.
 
     Raises:
       ArgumentError: one of the numbers is not possible.
@@ -126,13 +129,16 @@ def update_kv_cache(
     words, lanes = cache.words, lane_halves(layout)
     # Tokens that share a row add up: each first clears its field, then adds to it.
     word = place // pack
-    row = word // (GROUP_ROWS * layout.halves) * GROUP_ROWS + word % GROUP_ROWS
-    half = word // GROUP_ROWS % layout.halves
-    cleared = jnp.zeros((len(words), layout.halves), jnp.int32)
-    cleared = cleared.at[row, half].add(field, mode="drop")
+    row = word // (GROUP_ROWS * layout.words_per_row) * GROUP_ROWS + word % GROUP_ROWS
+    half = word // GROUP_ROWS % layout.words_per_row
+
+    def cleared(of: int) -> jax.Array:
+        fields = jnp.where(half == of, field, 0)
+        return jnp.zeros((len(words), 1), jnp.int32).at[row, 0].add(fields, mode="drop")
+
     added = in_both(jnp.left_shift(word_bits(rows), shift[:, None]), layout)
     added = jnp.where(lanes == half[:, None], added, 0)
-    kept = words & ~jnp.where(lanes == 0, cleared[:, :1], cleared[:, -1:])
+    kept = words & ~jnp.where(lanes == 0, cleared(0), cleared(1))
     return KVCache(kept.at[row].add(added, mode="drop"), layout)
 
 

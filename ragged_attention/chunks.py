@@ -75,7 +75,7 @@ class Chunks(Blocks):
             words = self.vmem.tiles[chunk.slot, groups, :, pl.ds(first, count)]
             return words.reshape(-1, count)
 
-        if self.layout.halves == 1:
+        if self.layout.words_per_row == 1:
             lane = window.lane(head)
             lane = lane if isinstance(lane, int) else pl.multiple_of(lane, LANES)
             return lanes(lane, window.width)

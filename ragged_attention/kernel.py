@@ -175,8 +175,8 @@ class Pass(Columns):
 
             def part(size: int) -> None:
                 full = max([0, *(smaller for smaller in sizes if smaller < size)])
-                lanes = LANES * self.layout.halves
-                doubtful = max(full - style.tokens, 0) // lanes * lanes
+                step = LANES * self.layout.words_per_row
+                doubtful = max(full - style.tokens, 0) // step * step
                 doubtful = 0 if self.problem.windowed else doubtful
                 meet(record, Chunk(slot, begin, size, full, doubtful), style)
 

@@ -103,21 +103,26 @@ class CacheLayout:
         return 32 // bits_of(self.dtype)
 
     @property
-    def halves(self) -> int:
+    def words_per_row(self) -> int:
         """Words of tokens that share a row: 2 of latents where that saves padding, else 1."""
         rotated = self.key_dim - self.value_dim
         pays = self.latent and self.value_dim % LANES == 0 and 0 < rotated <= LANES // 2
         return 2 if pays and self.page_size % (2 * GROUP_ROWS * self.pack) == 0 else 1
 
     @property
+    def run(self) -> int:
+        """Tokens behind each other in a group of rows: all of it, or one of its halves."""
+        return GROUP_ROWS * self.pack
+
+    @property
     def group(self) -> int:
         """Tokens of a group of rows, which a DMA moves at once."""
-        return GROUP_ROWS * self.halves * self.pack
+        return self.words_per_row * self.run
 
     @property
     def page_rows(self) -> int:
         """Rows of words of a page."""
-        return self.page_size // self.halves // self.pack
+        return self.page_size // self.words_per_row // self.pack
 
     @property
     def values(self) -> int:
@@ -132,7 +137,7 @@ class CacheLayout:
     @property
     def width(self) -> int:
         """Lanes of a row."""
-        return 2 * self.value_dim + LANES if self.halves == 2 else self.token_width
+        return 2 * self.value_dim + LANES if self.words_per_row == 2 else self.token_width
 
     @property
     def keys(self) -> Window:
@@ -150,7 +155,7 @@ class CacheLayout:
     @property
     def token_bytes(self) -> int:
         """Bytes that a token takes."""
-        return self.width * 4 // self.pack // self.halves
+        return self.width * 4 // self.pack // self.words_per_row
 
     def place(self, index: jax.Array, tokens: int = 1) -> jax.Array:
         """Where in a chunk its keys lie, in steps of so many tokens, given their order.
@@ -158,11 +163,11 @@ class CacheLayout:
         Keys are computed 128 of first halves, then 128 of second ones, and so on, for which nothing
         has to move along lanes.
         """
-        if self.halves == 1:
+        if self.words_per_row == 1:
             return index
-        block, low = LANES // tokens, GROUP_ROWS * self.pack // tokens
+        block, run = LANES // tokens, self.run // tokens
         half, inner = index // block & 1, index & (block - 1)
-        return (index & -2 * block) + 2 * (inner & -low) + half * low + (inner & (low - 1))
+        return (index & -2 * block) + 2 * (inner & -run) + half * run + (inner & (run - 1))
 
 
 @jax.tree_util.register_dataclass
@@ -253,7 +258,7 @@ def pack_pages(keys: jax.Array, values: jax.Array | None, layout: CacheLayout) -
 
 def joined(words: jax.Array, layout: CacheLayout) -> jax.Array:
     """Rows [n / halves, width] of the cache from words of tokens [n, token_width]."""
-    if layout.halves == 1:
+    if layout.words_per_row == 1:
         return words
     halves = words.reshape(-1, 2, GROUP_ROWS, layout.token_width)
     one, other = (in_both(halves[:, half], layout) for half in (0, 1))
@@ -262,7 +267,7 @@ def joined(words: jax.Array, layout: CacheLayout) -> jax.Array:
 
 def in_both(words: jax.Array, layout: CacheLayout) -> jax.Array:
     """Rows [..., width] with words of tokens [..., token_width] in every half."""
-    if layout.halves == 1:
+    if layout.words_per_row == 1:
         return words
     latent, rotated = jnp.split(words[..., : layout.width // 2], [layout.value_dim], axis=-1)
     return jnp.concatenate([latent, latent, rotated, rotated], axis=-1)
@@ -272,12 +277,12 @@ def lane_halves(layout: CacheLayout) -> jax.Array:
     """[width] int32, which half of a row its lanes belong to."""
     lane, rank = jnp.arange(layout.width), layout.value_dim
     second = jnp.where(lane < 2 * rank, lane >= rank, lane >= 2 * rank + LANES // 2)
-    return (second & (layout.halves == 2)).astype(jnp.int32)
+    return (second & (layout.words_per_row == 2)).astype(jnp.int32)
 
 
 def apart(rows: jax.Array, layout: CacheLayout) -> jax.Array:
     """The inverse of `joined`."""
-    if layout.halves == 1:
+    if layout.words_per_row == 1:
         return rows
     groups, rank = rows.reshape(-1, GROUP_ROWS, 1, layout.width), layout.value_dim
     latents = groups[..., : 2 * rank].reshape(-1, GROUP_ROWS, 2, rank)

@@ -204,7 +204,7 @@ class Style:
       rows: rows of a key/value head: its query heads, one after another, each with all tokens.
       columns: they are columns of logits, whose weights need no maximum first (see `columns.py`).
       split: queries carry their scale, as two halves (see `flash.halves`).
-      narrow: float8 keys and values are multiplied as they are, by rows in `flash.parts`.
+      narrow: float8 keys and values are multiplied as they are (see `flash.narrow_dot`).
       unrolled: all heads are unrolled, not a loop.
     """
 
@@ -270,8 +270,8 @@ def buffers(problem: Problem, plan: Plan, chip: Chip) -> dict[str, tuple[tuple[i
     blocks, outs, held, fresh = plan.blocks, 2, queries, max(queries, layout.group)
     if problem.resident:  # the last block may be shorter than what it is computed as
         blocks, outs, held = 1, 1, problem.num_tokens + queries
-        fresh = round_up(problem.num_tokens, GROUP_ROWS * layout.pack)
-    fresh += (5 + layout.halves) * GROUP_ROWS * layout.pack
+        fresh = round_up(problem.num_tokens, layout.run)
+    fresh += (5 + layout.words_per_row) * layout.run  # see `Plumbing.fresh_above`; the rest below
     found = {
         "tiles": ((plan.tiles, plan.keys // layout.group, GROUP_ROWS, layout.width), jnp.int32),
         "queries": ((blocks, held, problem.q_heads, layout.key_dim), problem.dtype),
@@ -354,7 +354,7 @@ def check_plan(problem: Problem, plan: Plan, chip: Chip) -> None:
     least = 64 if problem.tree else 8
     if plan.queries & (plan.queries - 1) or not least <= plan.queries <= 512:
         refuse("queries", f"a power of two, {least} to 512")
-    unit = max(layout.page_size, 4 * LANES * layout.halves)
+    unit = max(layout.page_size, 4 * LANES * layout.words_per_row)
     if plan.keys % unit or plan.keys < unit:
         refuse("keys", f"a multiple of {unit}")
     for field in ("tiles", "blocks"):
@@ -388,9 +388,9 @@ def model(problem: Problem, chip: Chip) -> Plan:
     wanted = max(least, min(256 if prefill else 128, problem.num_tokens))
     sizes = [n for n in (256, 128, 64, 32, 16, 8) if n >= least and n < 2 * wanted]
     keys = (2048, 1024, 512) if prefill else (8192, 4096, 2048, 1024, 512)
-    if problem.window:  # longer tiles are not filled
+    if problem.window and problem.causal:  # longer tiles are not filled
         seen = problem.window + wanted + problem.layout.page_size
-        keys = tuple(k for k in keys if k < 2 * max(seen, 512 * problem.layout.halves))
+        keys = tuple(k for k in keys if k < 2 * max(seen, 512 * problem.layout.words_per_row))
     if prefill:  # many rows matter more than many buffers
         order = itertools.product(sizes, keys, (4, 2))
     else:

@@ -287,8 +287,12 @@ class Plumbing:
 
     @property
     def fresh_above(self) -> int:
-        """Times 8 rows of words of a buffer of fresh rows above the first that is fetched."""
-        return 1 + self.layout.halves
+        """Runs of tokens that a buffer of fresh rows has above what is fetched.
+
+        The first group with a new row begins so far before it at most, and as far behind the last
+        one ends what is read.
+        """
+        return 1 + self.layout.words_per_row
 
     def fresh_rows(self, record: Noted) -> tuple[jax.Array, jax.Array]:
         """Rows of words [begin, begin + count) with the record's new tokens."""
@@ -300,14 +304,14 @@ class Plumbing:
 
     def fresh_copy(self, record: Noted | None, slot: Any) -> Any:
         """The transfer of a record's new rows; of all, if there is no record."""
-        group = GROUP_ROWS * self.layout.pack
+        run = self.layout.run
         if record is None:
             begin, count = 0, self.hbm.fresh.shape[0]
         else:
             rows = self.fresh_rows(record)
-            begin, count = (pl.multiple_of(x * self.layout.pack, group) for x in rows)
+            begin, count = (pl.multiple_of(x * self.layout.pack, run) for x in rows)
         source = self.hbm.fresh.at[pl.ds(begin, count)]
-        target = self.vmem.fresh.at[slot, pl.ds(self.fresh_above * group, count)]
+        target = self.vmem.fresh.at[slot, pl.ds(self.fresh_above * run, count)]
         return pltpu.make_async_copy(source, target, self.vmem.sems.fresh.at[slot])
 
     def fresh_slot(self, index: Any) -> Any:

@@ -19,7 +19,7 @@ from ragged_attention.flash import iota
 from ragged_attention.layout import LANES, round_up
 from ragged_attention.plan import Problem
 from ragged_attention.plumbing import LANE_BITS, Plumbing
-from ragged_attention.schedule import GROUP_ROWS, WRITES, Noted
+from ragged_attention.schedule import WRITES, Noted
 from tpukit.buffers import repeat
 
 Ref = Any
@@ -119,17 +119,17 @@ class RowScales(Plumbing):
         """[1, size] scales of a head for keys of a tile, from `begin` on, in the keys' order."""
         row, first = pl.ds(head, 1), begin >> LANE_BITS
         blocks = [ring[slot, first + i, row] for i in range(size // LANES)]
-        if self.layout.halves == 2:
+        if self.layout.words_per_row == 2:
             pairs = zip(blocks[::2], blocks[1::2], strict=True)
             blocks = [self.half_of(pair, half) for pair in pairs for half in (0, 1)]
         return jnp.concatenate(blocks, axis=1)
 
     def half_of(self, pair: tuple[jax.Array, jax.Array], half: int) -> jax.Array:
         """[1, 128] scales of the first or second halves of groups, from those of 256 keys."""
-        low = GROUP_ROWS * self.layout.pack
+        run = self.layout.run
         found, lane = pair[0], iota(pair[0].shape, 1)
-        for part in range(LANES // low):
-            block, first = divmod((2 * part + half) * low, LANES)
-            moved = pltpu.roll(pair[block], (part * low - first) % LANES, 1)
-            found = jnp.where(lane // low == part, moved, found)
+        for part in range(LANES // run):
+            block, first = divmod((2 * part + half) * run, LANES)
+            moved = pltpu.roll(pair[block], (part * run - first) % LANES, 1)
+            found = jnp.where(lane // run == part, moved, found)
         return found

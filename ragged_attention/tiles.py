@@ -158,7 +158,7 @@ class Tiles(RowScales):
     def mend(self, record: Noted, slot: jax.Array, fresh: Ref | None) -> None:
         """Puts new rows into a tile, and zeroes what is behind its last key in the same group."""
         pack, width = self.layout.pack, 32 // self.layout.pack
-        half, bits = GROUP_ROWS * pack, pack.bit_length() - 1
+        bits = pack.bit_length() - 1
         tile, shift = self.vmem.tiles.at[slot], self.shift(record)
         places = iota((GROUP_ROWS, 1), 0) * pack
 
@@ -168,7 +168,10 @@ class Tiles(RowScales):
             return jnp.where(count >= pack, -1, some)
 
         def mend(g: jax.Array) -> None:
-            begins = [g * self.layout.group + i * half for i in range(self.layout.halves)]
+            begins = [
+                g * self.layout.group + i * self.layout.run
+                for i in range(self.layout.words_per_row)
+            ]
 
             def first(count: jax.Array) -> jax.Array:
                 return self.joined([low(count - begin - places) for begin in begins])

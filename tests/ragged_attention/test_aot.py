@@ -123,7 +123,7 @@ PAIRS = [(name, chip) for name in MATRIX for chip in ra.SUPPORTED_CHIPS]
 def test_the_matrix_compiles(name, chip):
     shape = MATRIX[name]
     queries = 64 if shape.mask == "tree" else max(16, shape.layout.group)
-    small = dataclasses.replace(SMALL, queries=queries, keys=512 * shape.layout.halves)
+    small = dataclasses.replace(SMALL, queries=queries, keys=512 * shape.layout.words_per_row)
     compiles(dataclasses.replace(shape, options=(*shape.options, ("plan", small))), chip)
 
 
@@ -161,6 +161,7 @@ CHOSEN = {
     "chunks, float8, scales of rows": ((V6E,), Shape(8, 4, cache=F8, tokens=64, requests=4, scales="rows")),
     "f32, page 8, scales of rows": ((V5P,), Shape(4, 2, dtype=F32, cache=W32, page_size=8, scales="rows")),
     "float4, page 256, scales of rows": ((V7,), Shape(16, 8, cache=F4, page_size=256, scales="rows")),
+    "latents, e4m3, 128 heads": ((V7,), Shape(128, **LATENT, cache=F8)),
     "chunks, latents": ((V5E,), Shape(16, **LATENT, tokens=512, requests=4)),
 }  # fmt: skip
 

@@ -61,8 +61,28 @@ def batch_of(kind="bf16, page of 32, sinks", seed=50, **more):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(kind):
     batch = batch_of(kind)
-    assert batch.layout.halves == 2
+    assert batch.layout.words_per_row == 2
     check_gates(batch, run(batch))
+
+
+@pytest.mark.parametrize("keys", [1024, 4096])
+def test_tiles_and_chunks_behind_each_other(keys):
+    """With new rows and windows on both sides of where a tile ends."""
+    windows = np.array([0, 1200, 0], np.int32)
+    shape = {"page_size": 32, "num_pages": 160, "indices": 160, "window": windows}
+    batch = random_batch(52, [1040, 1300, 2500], [30, 20, 1], **SHAPE, **shape)
+    check_gates(batch, run(batch, plan=ra.Plan(queries=32, keys=keys, tiles=4, blocks=2)))
+
+
+def test_blocks_smaller_than_a_group():
+    """Prefill in blocks of 8 tokens, rows written 64 at a time; the whole batch in VMEM or not."""
+    shape = {"page_size": 64, "num_pages": 12, "cache": E4M3}
+    batch = random_batch(53, [100, 33, 70], [60, 1, 3], **SHAPE, **shape)
+    plan = ra.Plan(queries=8, keys=1024, tiles=2, blocks=2)
+    out, resident = run(batch, plan=plan), run(batch, plan=plan, return_lse=False)
+    check_gates(batch, out)
+    assert oracle.same_bits(out.o, resident.o)
+    assert oracle.same_bits(out.cache.words, resident.cache.words)
 
 
 def test_bytes_of_a_token():
@@ -80,7 +100,7 @@ def test_bytes_of_a_token():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn", "float4_e2m1fn"])
 def test_pages_survive_packing(dtype):
     layout = CacheLayout(1, 192, 128, dtype, 128, latent=True)
-    assert layout.halves == 2
+    assert layout.words_per_row == 2
     rng = np.random.default_rng(0)
     keys = jnp.asarray(rng.standard_normal((3, 128, 1, 192)) * 9).astype(dtype)
     cache = ra.pack_pages(keys, None, layout)
@@ -179,6 +199,6 @@ def test_every_fault_is_seen(name, monkeypatch):
 
 
 def test_scales_in_the_order_of_tokens_are_seen(monkeypatch):
-    batch = scaled_batch(128)
+    batch = scaled_batch(128, window=WINDOWS[:4])  # whose gates are green above
     monkeypatch.setattr(row_scales.RowScales, "half_of", lambda self, pair, half: pair[half])
     assert not passes(interpret.MODES[0], batch)

@@ -47,7 +47,7 @@ def split(batch, more):
 
 def legal(plan, batch):
     """The plan with the least changes that the layout needs."""
-    return dataclasses.replace(plan, keys=plan.keys * batch.layout.halves)
+    return dataclasses.replace(plan, keys=plan.keys * batch.layout.words_per_row)
 
 
 def run(batch, mode=LATE, plan=None, **more):
