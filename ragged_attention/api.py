@@ -88,8 +88,7 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
         page_offsets[r + 1]].
       num_requests: how many requests count, a number or int32 []; all by default.
       causal: a query sees no later position.
-      window: a query sees so many last positions: a number, or int32 [requests], 0 means all. A
-        Python number also bounds the tiles, which makes short windows quicker than an array does.
+      window: last positions that a query sees: a number, the quickest, or int32 [requests], 0: all.
       ancestors: [tokens, 1 or 2] uint32 tree mask for requests of at most 64 query tokens: bit d of
         word w says that a token sees its request's query token 32 w + d. Keys before the query
         tokens are visible; longer requests stay causal.
@@ -98,8 +97,8 @@ def ragged_paged_attention(  # noqa: PLR0913  (what the field's kernels take, ea
       sm_scale: of the logits, key_dim ** -0.5 by default.
       q_scale: of q: a number or [] (exact), [q_heads], [tokens, 1] or [tokens, q_heads] (rounded).
       k_scale, v_scale: of cached keys and values, a number, [], [kv_heads] or, of every row,
-        [pages, page_size, kv_heads]. New ones are divided by it as they are written. Scales of rows
-        are gathered for the whole list of pages first, so keep its padding short.
+        [pages, page_size, kv_heads]. New ones are divided by it when written. Scales of rows are
+        gathered for the whole list of pages first, so keep its padding short.
       temperature_len: logits of a query at position p beyond it are multiplied by
         log(p) / log(temperature_len).
       query_starts: [requests] int32 position of each request's first query token among the keys
