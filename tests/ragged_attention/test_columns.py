@@ -14,7 +14,9 @@ from tests.ragged_attention import oracle
 from tests.ragged_attention.oracle import random_batch
 from tests.ragged_attention.test_nonfinite import stays
 from tests.ragged_attention.test_ragged_attention import PLAN, check_gates, compiled, run
+from tpukit.chips import chip
 
+V7 = chip("tpu7x")
 WIDE = dataclasses.replace(PLAN, queries=64)
 LENGTHS = [600, 90, 64, 40, 700], [64, 90, 64, 1, 9]
 WINDOWS = np.array([30, 0, 300, 7, 64], np.int32)
@@ -84,7 +86,7 @@ def in_words():
 def test_heads_in_words():
     batch, plan = in_words()
     problem = ra.explain(*batch.args(), **batch.options, chip="tpu7x", plan=plan).problem
-    assert blocks.in_words(problem, style_of(problem, plan.queries, 256))
+    assert blocks.in_words(problem, style_of(problem, plan.queries, V7))
     check_gates(batch, run(batch, plan=plan))
 
 
@@ -96,9 +98,9 @@ def test_the_blocks_are_columns():
     """That is, these tests are of what they say; float32 stays in rows."""
     batch = batch_of()
     problem = ra.explain(*batch.args(), **batch.options, chip="tpu7x", plan=WIDE).problem
-    assert [style_of(problem, n, 256).columns for n in WIDE.query_sizes] == [False, False, True]
+    assert [style_of(problem, n, V7).columns for n in WIDE.query_sizes] == [False, False, True]
     exact = dataclasses.replace(problem, dtype=np.float32)
-    assert not style_of(exact, 64, 256).columns
+    assert not style_of(exact, 64, V7).columns
 
 
 def test_a_request_is_the_same_whatever_its_neighbours_need():

@@ -83,12 +83,12 @@ def narrow_sums(function):
     return changed(function, lambda x: x.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-def forgets_the_past(state, s, v, compute, scale):
-    return flash_fold(state._replace(o=jnp.zeros_like(state.o)), s, v, compute, scale)
+def forgets_the_past(state, s, v, scale):
+    return flash_fold(state._replace(o=jnp.zeros_like(state.o)), s, v, scale)
 
 
-def never_fades(state, s, v, compute, scale):
-    new = flash_fold(state, s, v, compute, scale)
+def never_fades(state, s, v, scale):
+    new = flash_fold(state, s, v, scale)
     return new._replace(total=new.total + 0.01 * state.total)
 
 
@@ -197,10 +197,10 @@ def test_garbage_behind_the_keys_is_seen(monkeypatch):
     assert not passes(LATE, batch)
 
 
-def careless_values(self, record, head, tile):
+def careless_values(self, record, head, chunk, style):
     """Values whose last group may hold anything."""
-    words = self.words(self.layout.vals, head, tile)
-    return flash.unpacked(words, self.layout.dtype, self.problem.compute_dtype)
+    words = self.words(self.layout.vals, head, chunk)
+    return flash.unpacked(words, self.layout.dtype, self.operand(style))
 
 
 def test_another_tokens_resident_queries_are_seen(monkeypatch):
@@ -245,14 +245,14 @@ class Unawaited:
         self.start, self.wait = copy.start, nothing
 
 
-def scaled_sums(state, s, v, compute, scale=None):
+def scaled_sums(state, s, v, scale=None):
     """Scales of values count in the sum of weights too."""
     if scale is None:
-        return flash_fold(state, s, v, compute)
+        return flash_fold(state, s, v)
     ones = jnp.ones((v.shape[0], 128), v.dtype)
-    sums = flash_fold(state._replace(o=0 * state.top), s, ones, compute, scale)
+    sums = flash_fold(state._replace(o=0 * state.top), s, ones, scale)
     fade = jnp.exp2(state.top - sums.top)
-    new = flash_fold(state, s, v, compute, scale)
+    new = flash_fold(state, s, v, scale)
     return new._replace(total=sums.o + state.total * fade)
 
 

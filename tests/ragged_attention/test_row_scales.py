@@ -23,8 +23,10 @@ from tests.ragged_attention.test_ragged_attention import (
     run,
     tree,
 )
+from tpukit.chips import chip
 from tpukit.errors import ArgumentError
 
+V7 = chip("tpu7x")
 E4M3, E5M2, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float4_e2m1fn
 BOTH = ("k_scale", "v_scale")
 SINKS = np.linspace(-2, 3, 4).astype(np.float32)
@@ -105,7 +107,7 @@ def test_blocks_of_many_queries_are_rows():
     plan = dataclasses.replace(PLAN, queries=64)
     problem = ra.explain(*batch.args(), **batch.options, chip="tpu7x", plan=plan).problem
     without = dataclasses.replace(problem, k_scales=False, v_scales=False)
-    assert style_of(without, 64, 256).columns and not style_of(problem, 64, 256).columns
+    assert style_of(without, 64, V7).columns and not style_of(problem, 64, V7).columns
     check_gates(batch, run(batch, plan=plan))
 
 
