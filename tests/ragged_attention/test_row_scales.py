@@ -119,7 +119,8 @@ def test_races_and_both_dma_modes(page_size):
         more = {"page_size": page_size, "num_pages": 8, "cache": E4M3, "kv_heads": 2}
         batch = scaled(5, ([40, 5, 600, 20], [3, 0, 30, 1]), **more)
     plan = ra.Plan(queries=32, keys=512, tiles=2, blocks=2)
-    late, eager = run(batch, LATE), run(batch, EAGER, plan)
+    late = run(batch, LATE, dataclasses.replace(PLAN, queries=plan.queries))
+    eager = run(batch, EAGER, plan)
     check_gates(batch, late)
     assert oracle.same_bits(late.o, eager.o) and oracle.same_bits(late.lse, eager.lse)
     assert oracle.same_bits(late.cache.words, eager.cache.words)
@@ -189,7 +190,7 @@ def test_batch_invariance(kv_len, q_len):
 
 
 def test_scales_of_heads_are_those_of_all_their_rows():
-    batch = random_batch(9, *LENGTHS, gap=1, cache=E4M3, kv_heads=2)
+    batch = random_batch(9, *LENGTHS, gap=1, cache=E5M2, kv_heads=2)  # e4m3 has other products
     pair = np.array([0.5, 2.0], np.float32)  # powers of two round nothing
     heads = run(dataclasses.replace(batch, options=dict.fromkeys(BOTH, pair)))
     rows = np.broadcast_to(pair, (*batch.k_pages.shape[:2], 2))
