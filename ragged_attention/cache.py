@@ -138,7 +138,7 @@ def update_kv_cache(
 
     added = in_both(jnp.left_shift(word_bits(rows), shift[:, None]), layout)
     added = jnp.where(lanes == half[:, None], added, 0)
-    kept = words & ~jnp.where(lanes == 0, cleared(0), cleared(1))
+    kept = words & ~jnp.where(lanes == 0, cleared(0), cleared(layout.words_per_row - 1))
     return KVCache(kept.at[row].add(added, mode="drop"), layout)
 
 

@@ -112,7 +112,7 @@ def test_normal_rows():
         assert np.isnan(np.asarray(rows.astype(flash.NARROW), np.float32)).any()
 
 
-normal, narrow_dot, fold = flash.normal, flash.narrow_dot, flash.fold
+normal, narrow_dot = flash.normal, flash.narrow_dot
 
 
 def fewer(x, y, contract, parts):

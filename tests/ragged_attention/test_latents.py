@@ -38,7 +38,7 @@ LENGTHS = [70, 33, 60, 0, 300, 1], [1, 2, 60, 0, 5, 1]
 # The smallest page of each type in which two tokens share a row.
 KINDS = {
     "bf16, page of 32, sinks": {"page_size": 32, "sinks": SINKS},
-    "bf16, page of 256, 16 of 32 rotated lanes free, not causal": {
+    "bf16, page of 256, 16 rotated lanes, not causal": {
         "page_size": 256, "num_pages": 8, "key_dim": 144, "causal": False,
     },
     "f32, page of 16, soft cap": {
