@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from microbench.case import Call
 
@@ -110,6 +111,12 @@ def tokamax_paged_attention(shape: Any, args: Any) -> Call:
     return jax.jit(fn, donate_argnums=3), (args.q, args.k, args.v, cache, *steer)
 
 
+def ragged_dot(rows: Any, weights: Any, scales: Any, sizes: Any) -> jax.Array:
+    """JAX's primitive, of which the compiler makes kernels of its own; of bfloat16 here."""
+    del scales
+    return lax.ragged_dot(rows, weights, sizes, preferred_element_type=_BF16)
+
+
 def megablox(rows: Any, weights: Any, scales: Any, sizes: Any) -> jax.Array:
     """JAX's grouped matmul, of bfloat16 alone; tiles of 128 or 512 rows, and of 1,024 or less."""
     del scales
@@ -178,3 +185,32 @@ def tokamax_kda(shape: Any) -> Call:
         return op(query=q, key=k, value=v, gate=g, beta=beta, output_final_state=True)
 
     return fn, (keys, keys, array(shape.value_dim), gate, beta)
+
+
+def tokamax_delta_rule(shape: Any, args: Any) -> Call:
+    """Gated DeltaNet of tokamax, ragged and with states in a pool; 4 taps of convolution before it.
+
+    Args:
+      shape: as the cases of `gla` define it.
+      args: their inputs.
+    """
+    found = importlib.import_module(f"{_OPS}.causal_conv1d_gated_delta_rule.pallas_mosaic_tpu")
+    op = found.PallasMosaicTpuCausalConv1dGatedDeltaRule(bypass_device_check=True)
+    taps, heads, count = 4, shape.heads, len(shape.lengths)
+    width = heads * (2 * shape.key_dim + shape.value_dim)
+
+    def array(*dims: int, dtype: Any = _BF16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    rows = array(shape.tokens, width), array(shape.tokens, heads), array(shape.tokens, heads)
+    states = array(shape.slots, taps - 1, width), args.pool
+    weights = array(width, 1, taps), array(width), array(heads, dtype=jnp.float32), array(heads)
+    spread = jnp.array([shape.decodes, count, count], jnp.int32)
+    contexts = jnp.array(shape.lengths, jnp.int32) + args.has_state  # longer: from a state
+    steer = args.cu_seqlens, args.slot_ids, spread, contexts
+    sizes = {"n_kq": heads, "n_v": heads, "d_k": shape.key_dim, "d_v": shape.value_dim}
+
+    def fn(*arrays: Any) -> Any:
+        return op(*arrays, **sizes, kernel_size=taps)
+
+    return jax.jit(fn, donate_argnums=(3, 4)), (*rows, *states, *weights, *steer)

@@ -375,6 +375,7 @@ def peers(case: Case, seed: int) -> Mapping[str, Call]:
         return found
     named = Inputs(*args)
     wide = named._replace(routed=others.widened(named.routed))
+    found["sorted rows, lax.ragged_dot, bfloat16"] = others.grouped_moe(others.ragged_dot, wide)
     found["sorted rows, JAX's megablox gmm, bfloat16"] = others.grouped_moe(others.megablox, wide)
     if others.has_tokamax():
         found["sorted rows, tokamax's gmm_v2"] = others.grouped_moe(others.tokamax_grouped, named)

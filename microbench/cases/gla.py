@@ -385,13 +385,18 @@ def steered(case: Case, seed: int) -> Call:
 
 
 def peers(case: Case, seed: int) -> Mapping[str, Call]:
-    """XLA's chunked form, or one step where all decode with decays per head; tokamax's KDA."""
+    """XLA's chunked form, or one step where all decode with decays per head; tokamax's kernels."""
     shape, (_, args) = _shape(case), steered(case, seed)
     if shape.decay == "head" and not (shape.prefills or shape.around):
         return {"XLA, one step": (jax.jit(_step(shape), donate_argnums=3), args)}
     found = {"XLA, chunked form": (reference_fn(case), args)}
-    kda = shape.delta and shape.decay == "channel" and len(set(shape.lengths)) == 1
-    if kda and shape.prefills and others.has_tokamax():
+    if not (shape.delta and others.has_tokamax()):
+        return found
+    if shape.decay == "token":
+        found["tokamax's causal_conv1d_gated_delta_rule"] = others.tokamax_delta_rule(
+            shape, Inputs(*args)
+        )
+    elif shape.prefills and len(set(shape.lengths)) == 1:
         found["tokamax's kimi_delta_attention"] = others.tokamax_kda(shape)
     return found
 

@@ -1,12 +1,11 @@
 """What stands beside the kernels in `compare` computes the same."""
 
 import dataclasses
+import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from microbench import peers
 from microbench.cases import fused_moe, gla, ragged_attention
@@ -38,11 +37,7 @@ def test_sorted_rows_and_grouped_matmuls_are_the_layer():
     case = dataclasses.replace(fused_moe.CASES[0], params=dataclasses.asdict(shape))
     args = fused_moe.inputs(case, 0)
 
-    def matmul(rows, weights, scales, sizes):
-        assert scales is None
-        return lax.ragged_dot(rows, weights, sizes, preferred_element_type=jnp.float32)
-
-    fn, ours = peers.grouped_moe(matmul, args)
+    fn, ours = peers.grouped_moe(peers.ragged_dot, args)
     wanted = fused_moe.reference_fn(case)(*args)
     assert error(jax.jit(fn)(*ours), wanted) < 0.006
 
@@ -62,6 +57,35 @@ def test_jax_kernels_are_given_the_pages_of_each_request(name):
         for row, count in enumerate(shape.pages):
             begin = int(args.page_offsets[row])
             assert list(table[row][:count]) == list(args.page_indices[begin : begin + count])
+
+
+def test_tokamax_delta_rule_is_given_the_requests_and_their_states(monkeypatch):
+    class Op:
+        """Stands for tokamax's, which is not installed here."""
+
+        def __init__(self, bypass_device_check):
+            assert bypass_device_check
+
+        def __call__(self, qkv, b, a, convolved, pool, weight, bias, *rest, **sizes):
+            assert b.shape == a.shape == (len(qkv), sizes["n_v"]) and bias.shape == qkv.shape[1:]
+            assert weight.shape == (qkv.shape[1], 1, sizes["kernel_size"])
+            assert convolved.shape == (len(pool), sizes["kernel_size"] - 1, qkv.shape[1])
+            assert pool.shape[1:] == (sizes["n_v"], sizes["d_k"], sizes["d_v"])
+            *_, begins, slots, spread, contexts = rest
+            return (convolved, pool), (qkv, begins, slots, spread, contexts)
+
+    module = types.SimpleNamespace(PallasMosaicTpuCausalConv1dGatedDeltaRule=Op)
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: module)
+    shape = dataclasses.replace(shape_of(gla, "gated-deltanet/decode"), decodes=3, prefills=(7, 9))
+    case = dataclasses.replace(gla.CASES[0], params=dataclasses.asdict(shape))
+    args = gla.Inputs(*gla.steered(case, 0)[1])
+    fn, arrays = peers.tokamax_delta_rule(shape, args)
+    jax.eval_shape(fn, *arrays)
+    begins, slots, spread, contexts = arrays[-4:]
+    assert list(begins) == [0, 1, 2, 3, 10, 19] and list(slots) == list(args.slot_ids)
+    assert list(spread) == [3, 5, 5]
+    lengths = np.asarray(shape.lengths)
+    assert list(contexts > lengths) == list(args.has_state) and any(args.has_state)
 
 
 def test_whatever_a_peer_raises_is_its_line(microbench, monkeypatch):

@@ -16,7 +16,7 @@ from jax import export
 
 from tpukit import aot, chips, dumps, listing
 from tpukit.errors import ListingError, ReplayError, UnsupportedError
-from tpukit.predict import hlo, program
+from tpukit.predict import hlo, program, ragged
 from tpukit.predict.machine import Machine, Operand
 from tpukit.predict.rates import Rates, rates
 from tpukit.predict.report import (
@@ -123,7 +123,8 @@ def _kernels(
     for op in ops:
         if not op.kernel or op.core != "tensorcore":
             continue
-        steered = operands(op, take(waiting, op))
+        call = ragged.steered(op, calls) if ragged.is_ragged_dot(op) else take(waiting, op)
+        steered = operands(op, call)
         dump = _dump_of(folder, op, ops) or op.name
         one = replay(folder, dump, steered, constants, spans=spans, from_vectors=from_vectors)
         found += [one] * op.repeats

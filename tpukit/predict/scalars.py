@@ -17,6 +17,7 @@ from jax.extend import core
 
 from tpukit.errors import UnsupportedError
 
+RAGGED_DOT = "ragged-dot"  # what the compiler's kernels for it are called
 _CALLS = ("jaxpr", "call_jaxpr", "call", "fun_jaxpr")
 _LOOPS = ("while", "scan")
 _SAME_ON_A_DEVICE = (
@@ -27,10 +28,10 @@ _SAME_ON_A_DEVICE = (
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """A `pallas_call` of a program.
+    """A `pallas_call` of a program, or a `lax.ragged_dot`, which the compiler makes kernels of.
 
     Attributes:
-      name: of the kernel, or "" if it has none.
+      name: of the kernel, or "" if it has none; RAGGED_DOT.
       operands: one function an operand: its value, or None where that is not known.
     """
 
@@ -113,6 +114,9 @@ class _Walk:
         if name == "pallas_call":
             call = KernelCall(str(eqn.params["name"] or ""), tuple(inputs))
             self.calls.append(call)
+            return [_NOT_KNOWN] * len(eqn.outvars)
+        if name == "ragged_dot_general":
+            self.calls.append(KernelCall(RAGGED_DOT, tuple(inputs)))
             return [_NOT_KNOWN] * len(eqn.outvars)
         if name == "shard_map":
             return self.shard_map(eqn, inputs)
