@@ -270,8 +270,10 @@ def model(problem: Problem, chip: Chip) -> Plan:
     Raises:
       UnsupportedError: nothing fits.
     """
-    # f32 products take six passes of the matrix unit, and as much more code.
-    window = 64 if problem.dtype == jnp.float32 and not problem.tree else 128
+    # f32 products take six passes of the matrix unit, and as much more code. Decays per channel
+    # multiply a window's rows with each other in many pieces, for which units of 128 are too slow.
+    short = problem.dtype == jnp.float32 or (problem.per_channel and chip.mxu_side == 128)
+    window = 64 if short and not problem.tree else 128
     for heads in range(min(problem.heads, max(16, problem.group)), 0, -1):
         interleave = math.gcd(heads, 2 if problem.dtype == jnp.float32 or problem.delta else 4)
         for states, lookahead in ((8, 4), (4, 2)):

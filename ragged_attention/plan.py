@@ -399,7 +399,7 @@ def model(problem: Problem, chip: Chip) -> Plan:
             for least in (4, 2)
             for k in keys
             for n in sizes
-            for t in (16, 8, 4, 2)
+            for t in (8, 4, 2)  # of more the first would wait for longer
             if t >= least
         )
     for queries, length, tiles in order:
