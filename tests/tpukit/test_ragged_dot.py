@@ -128,6 +128,14 @@ def test_two_dots_with_other_sizes_are_refused():
         predicted(jnp.array(SIZES["some empty"], jnp.int32), fn=fn)
 
 
+def test_a_dot_in_a_loop_is_refused():
+    def fn(rows, weights, sizes):
+        return lax.fori_loop(0, 3, lambda i, x: dot(x, weights, jnp.roll(sizes, i)), rows)
+
+    with pytest.raises(ListingError, match="a loop around a kernel"):
+        predicted(jnp.array(SIZES["some empty"], jnp.int32), fn=fn)
+
+
 def test_two_dots_with_the_same_sizes_are_two_kernels():
     def fn(rows, weights, sizes):
         return dot(dot(rows, weights, sizes), weights, sizes)

@@ -43,7 +43,8 @@ def steered(op: Op, calls: Sequence[KernelCall]) -> KernelCall:
         return KernelCall(op.name, (lambda: None,) * len(op.operands))
     rows, longest = op.operands[5].dims[0], op.operands[2].dims[0]
     offsets, visited, tiles, count = visits(sizes, rows, longest)
-    values = count, offsets, visited, tiles, count, None, None
+    arrays = (None,) * len(op.operands[5:])
+    values = count, offsets, visited, tiles, count, *arrays
     return KernelCall(op.name, tuple((lambda value=value: value) for value in values))
 
 
@@ -54,7 +55,9 @@ def _sizes(op: Op, groups: int, calls: Sequence[KernelCall]) -> np.ndarray | Non
         return None
     of = [one for one in known if len(one) == groups]
     if not of or any((one != of[0]).any() for one in of):
-        what = f"kernel {op.name}: {len(of)} ragged dots of {groups} groups, and not of one size"
+        what = (
+            f"kernel {op.name}: sizes of {len(of)} ragged dots of {groups} groups, not all the same"
+        )
         raise ListingError(file="program", line=0, what=what)
     return of[0]
 
