@@ -37,6 +37,7 @@ def test_sorted_rows_and_grouped_matmuls_are_the_layer():
     case = dataclasses.replace(fused_moe.CASES[0], params=dataclasses.asdict(shape))
     args = fused_moe.inputs(case, 0)
 
+    assert args.routed.gate_scale is None
     fn, ours = peers.grouped_moe(peers.ragged_dot, args)
     wanted = fused_moe.reference_fn(case)(*args)
     assert error(jax.jit(fn)(*ours), wanted) < 0.006
